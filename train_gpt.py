@@ -131,30 +131,36 @@ class Hyperparameters:
         return self.batch_size // self.row_length
 
 
+# The one-GPU benchmark's AdamW baseline; it descends from llm.c's train_gpt2.py.
+BASELINE = dict(
+    batch_size=524_288, device_batch_size=65_536, row_length=1_024, document_masking=False,
+    num_heads=12, activation="gelu", qk_norm=False, attention_scale=0.0,
+    attention_output_scale=24**-0.5, rotary_base=10_000.0, rotary_fraction=1.0, norm_embed=False,
+    tied_head=True, logit_softcap=0.0, value_embeddings=0, skip_connections=False,
+    embed_shortcut=False, zero_init_projections=False, window_start=0, window_end=0,
+    optimizer="adam", matrix_lr=0.0018, embed_lr=0.0018, head_lr=0.0018, scalar_lr=0.0018,
+    adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.1, train_steps=4_768,
+    warmup_frac=256 / 4_768, cooldown_frac=1_024 / 4_768, final_lr_frac=0.0,
+    residual_dtype="float32",
+)  # fmt: skip
+
+# Small enough for two cores of a CPU and some minutes.
+TINY = dict(
+    batch_size=2_048, device_batch_size=2_048, val_batch_size=8_192, row_length=512,
+    max_document_length=512, num_layers=4, num_heads=2, model_dim=96, train_steps=60,
+    val_loss_every=20, dtype="float32", residual_dtype="float32", loss_chunk_size=64,
+    compile=False,
+)  # fmt: skip
+
 # A recipe is a set of overrides of the defaults above, which are the recipe `modern`.
 RECIPES: dict[str, dict] = {
     "modern": {},
     "modern-small": dict(train_steps=2_000),
     "modern-medium": dict(num_layers=16, num_heads=8, model_dim=1_024, train_steps=6_000),
-    # The one-GPU benchmark's AdamW baseline; it descends from llm.c's train_gpt2.py.
-    "baseline": dict(
-        batch_size=524_288, device_batch_size=65_536, row_length=1_024, document_masking=False,
-        num_heads=12, activation="gelu", qk_norm=False, attention_scale=0.0,
-        attention_output_scale=24**-0.5, rotary_base=10_000.0, rotary_fraction=1.0,
-        norm_embed=False, tied_head=True, logit_softcap=0.0, value_embeddings=0,
-        skip_connections=False, embed_shortcut=False, zero_init_projections=False,
-        window_start=0, window_end=0, optimizer="adam", matrix_lr=0.0018, embed_lr=0.0018,
-        head_lr=0.0018, scalar_lr=0.0018, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8,
-        weight_decay=0.1, train_steps=4_768, warmup_frac=256 / 4_768, cooldown_frac=1_024 / 4_768,
-        final_lr_frac=0.0, residual_dtype="float32",
-    ),
-    "sample": dict(
-        batch_size=2_048, device_batch_size=2_048, val_batch_size=8_192, row_length=512,
-        max_document_length=512, num_layers=4, num_heads=2, model_dim=96, value_embeddings=1,
-        window_start=128, window_end=512, embed_lr=0.5, head_lr=0.02, train_steps=60,
-        val_loss_every=20,
-        dtype="float32", residual_dtype="float32", loss_chunk_size=64, compile=False,
-    ),
+    "baseline": BASELINE,
+    "sample": TINY | dict(value_embeddings=1, window_start=128, window_end=512, embed_lr=0.5,
+                          head_lr=0.02),
+    "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
 }  # fmt: skip
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
@@ -275,14 +281,17 @@ def find_problem(args: Hyperparameters) -> str | None:
     return None
 
 
-def reasons_not_a_record(args: Hyperparameters) -> list[str]:
-    """Where `args` departs from the claim of its track; empty: the run may be a record."""
+def reasons_not_a_record(args: Hyperparameters, world_size: int) -> list[str]:
+    """Where a run departs from the claim of its track; empty: it may be a record."""
     claim = {name: value for name, value in TRACKS[args.track].items() if name != "recipe"}
-    return [
+    reasons = [
         f"{name} is {getattr(args, name)} instead of {value}"
         for name, value in claim.items()
         if getattr(args, name) != value
     ]
+    if args.track == "single-gpu" and world_size > 1:
+        reasons.append(f"it runs on {world_size} GPUs instead of 1")
+    return reasons
 
 
 # -----------------------------------------------------------------------------
@@ -1206,7 +1215,7 @@ def log_header(
         f"micro-batches x {args.device_batch_size:,}")  # fmt: skip
     log(f"attention: {attention}")
     log(f"warm-up: {'on random tokens, then undone' if args.kernel_warmup else 'none'}")
-    for reason in reasons_not_a_record(args):
+    for reason in reasons_not_a_record(args, ranks.world_size):
         log(f"not a record: {reason}")
     log("=" * 100)
 
@@ -1218,7 +1227,8 @@ class Progress:
     """
 
     def __init__(self, args: Hyperparameters, ranks: Ranks, log: Log, clock: "Clock", wandb):
-        self.args, self.log, self.clock, self.wandb = args, log, clock, wandb
+        self.args, self.ranks, self.log = args, ranks, log
+        self.clock, self.wandb = clock, wandb
         self.train_losses: list[float] = []
         self.val_losses: list[tuple[int, float]] = []
         self.unread, self.reached = None, None
@@ -1302,7 +1312,7 @@ class Progress:
         else:
             verdict = (f"target {args.target} of track {args.track} not reached: "
                        f"{self.outcome(*self.val_losses[-1])}")  # fmt: skip
-        if reasons := reasons_not_a_record(args):
+        if reasons := reasons_not_a_record(args, self.ranks.world_size):
             verdict += f"; not a record: {'; '.join(reasons)}"
         self.log(verdict, console=True)
         if self.log.path:

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Train on what this machine has: ./run.sh help
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'END'
+usage: ./run.sh [COMMAND] [--option value ...]
+
+  ./run.sh            train: with a GPU the single-gpu track, without one the sample track
+  ./run.sh baseline   train the AdamW baseline on this machine, for a fair comparison
+  ./run.sh check      look at GPUs, memory, data, disk and versions; a few seconds
+  ./run.sh test       run the test suite
+  ./run.sh help       this text
+
+Options go to train_gpt.py (python train_gpt.py -h lists them): ./run.sh --track gpt2-small
+
+NPROC=N ./run.sh      N processes instead of one per GPU (the single-gpu track uses one GPU)
+NNODES, NODE_RANK, RDZV_ENDPOINT, RDZV_ID, RDZV_BACKEND, MASTER_ADDR and MASTER_PORT, if set, go to
+torchrun: run the same command on every machine.
+END
+}
+
+command=train
+case "${1:-}" in
+    train | baseline | check | test) command=$1; shift ;;
+    help | -h | --help) usage; exit ;;
+    "" | --*) ;;
+    *) usage >&2; echo >&2; echo "error: unknown command '$1'" >&2; exit 2 ;;
+esac
+
+# A Python that has the packages: this one, else .venv, which is made on the first run.
+fits() {
+    "$1" - <<'END' 2>/dev/null
+import re, sys
+from importlib.metadata import version
+assert sys.version_info >= (3, 11)
+for line in open("requirements.txt"):
+    version(re.split("[=<>~! ]", line.strip())[0])
+assert tuple(map(int, version("torch").split(".")[:2])) >= (2, 11)
+END
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python .venv/bin/python; do
+        if fits "$candidate"; then python=$candidate; return; fi
+    done
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null; then break; fi
+        candidate=
+    done
+    if [ -z "$candidate" ]; then
+        echo "error: Python 3.11 or newer is needed; python3 is $(python3 -V 2>&1 || true)" >&2
+        exit 1
+    fi
+    echo "making .venv and installing requirements.txt into it: once, some minutes" >&2
+    if ! "$candidate" -m venv .venv; then
+        echo "error: no virtual environment could be made; on Debian and Ubuntu:" \
+            "sudo apt install python3-venv" >&2
+        exit 1
+    fi
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt >&2
+    python=.venv/bin/python
+}
+find_python
+
+if [ "$command" = test ]; then exec "$python" -m pytest "$@"; fi
+if [ "$command" = check ]; then exec "$python" data/check.py "$@"; fi
+
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+value_of() { # value_of NAME OPTIONS...: the value of --NAME, if it is among the options
+    local name=$1; shift
+    while [ $# -gt 0 ]; do
+        case "${1//-/_}" in
+            "__$name") echo "${2:-}" ;;
+            "__$name="*) echo "${1#*=}" ;;
+        esac
+        shift
+    done
+}
+track=$(value_of track "$@")
+if [ -z "$track" ]; then [ "$gpus" -gt 0 ] && track=single-gpu || track=sample; fi
+if [ "$command" = baseline ]; then
+    [ "$track" = sample ] && set -- --recipe sample-baseline "$@" || set -- --recipe baseline "$@"
+fi
+if [ "$track" != sample ] && [ -z "$(value_of data_path "$@")" ]; then
+    "$python" data/cached_fineweb10B.py "$@"
+fi
+
+nproc=${NPROC:-$([ "$track" = single-gpu ] || [ "$gpus" -eq 0 ] && echo 1 || echo "$gpus")}
+where=--standalone
+for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID RDZV_BACKEND MASTER_ADDR MASTER_PORT; do
+    if [ -n "${!name:-}" ]; then export "PET_$name=${!name}"; where=; fi
+done
+if [ "$nproc" = 1 ] && [ -n "$where" ]; then exec "$python" train_gpt.py "$@"; fi
+exec "$python" -m torch.distributed.run $where --nproc_per_node="$nproc" train_gpt.py "$@"
