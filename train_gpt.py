@@ -195,7 +195,7 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-class RunError(Exception):
+class RunError(ValueError):
     """Something a person has to put right; the message says what, and what to do next."""
 
 
@@ -220,12 +220,13 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
     source = inspect.getsource(Hyperparameters)
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
-        prog="train_gpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="train_gpt.py", usage="%(prog)s [--option value ...], or -h for the list of options",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     for field in dataclasses.fields(Hyperparameters):
         flags = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
-        help_text = f"{notes[field.name]} (default: {field.default})".replace("%", "%%")
+        help_text = f"{notes.get(field.name, '')} (default: {field.default})".replace("%", "%%")
         settings = dict(dest=field.name, help=help_text, choices=CHOICES.get(field.name))
         if field.type is bool:
             settings |= dict(type=parse_bool, nargs="?", const=True, metavar="true|false")
@@ -235,8 +236,9 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(Hyperparameters)]
-        near = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), names)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; -h lists the options"
+        typed = unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+        near = difflib.get_close_matches(typed, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; -h lists the options"
         parser.error(f"unknown option {' '.join(unknown)}{hint}")
 
     overrides = vars(given)
@@ -303,21 +305,21 @@ DOCUMENT_START = 50_256  # GPT-2's <|endoftext|> stands before each document
 
 
 def check_shard(path: Path) -> int:
-    """Number of tokens in the shard; ValueError, for a person, if it is not a whole shard."""
+    """Number of tokens in the shard; RunError, for a person, if it is not a whole shard."""
     try:
         header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC:
-        raise ValueError(f"{path} is not a token shard: its first number should be {SHARD_MAGIC}")
+        raise RunError(f"{path} is not a token shard: its first number should be {SHARD_MAGIC}")
     if header[1] != SHARD_VERSION:
-        raise ValueError(f"{path} has shard version {header[1]}, expected {SHARD_VERSION}")
+        raise RunError(f"{path} has shard version {header[1]}, expected {SHARD_VERSION}")
     expected, size = 4 * SHARD_HEADER_INTS + 2 * int(header[2]), Path(path).stat().st_size
     if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, but its header promises {expected:,}: "
+        raise RunError(f"{path} has {size:,} bytes, but its header promises {expected:,}: "
                          f"it is truncated or damaged; fetch it again")  # fmt: skip
     if header[2] < 2:
-        raise ValueError(f"{path} is empty")
+        raise RunError(f"{path} is empty")
     return int(header[2])
 
 
@@ -348,14 +350,14 @@ class TokenRows:
     packed with documents from their first token on: a document is cut at `max_document_length`
     and at the end of its row, and its rest is dropped. Validation drops nothing: the stream is
     cut at each row's end and before each document, so that every token is predicted once.
-    ValueError if the shard is damaged or does not fit the vocabulary or the masking.
+    RunError if the shard is damaged or does not fit the vocabulary or the masking.
     """
 
     def __init__(self, path: Path, args: Hyperparameters, training: bool):
         check_shard(path)
         self.tokens = np.fromfile(path, dtype="<u2", offset=4 * SHARD_HEADER_INTS)
         if (largest := int(self.tokens.max())) >= args.vocab_size:
-            raise ValueError(f"{path} holds token {largest}, outside the vocabulary of "
+            raise RunError(f"{path} holds token {largest}, outside the vocabulary of "
                              f"{args.vocab_size:,}")  # fmt: skip
         self.row_length = args.row_length
         self.max_length, self.whole_rows = args.row_length, not args.document_masking
@@ -366,7 +368,7 @@ class TokenRows:
             return
         documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
         if not len(documents):
-            raise ValueError(f"{path} holds no document start (token {DOCUMENT_START}); with such "
+            raise RunError(f"{path} holds no document start (token {DOCUMENT_START}); with such "
                              f"data use --document_masking false")  # fmt: skip
         if training:
             self.max_length = min(args.max_document_length, args.row_length)
@@ -419,7 +421,7 @@ class ShardInfo(NamedTuple):
 
 
 def inspect_shard(path: Path, args: Hyperparameters, training: bool) -> ShardInfo:
-    """Read a shard through: its rows, and its size and hash for the log. ValueError if bad."""
+    """Read a shard through: its rows, and its size and hash for the log. RunError if bad."""
     num_rows = TokenRows(path, args, training).num_rows
     with open(path, "rb") as file:
         return ShardInfo(path, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(),
@@ -436,14 +438,14 @@ def estimate_shards(args: Hyperparameters) -> int:
     """Training shards of 100M tokens that the run needs; an estimate where documents are packed."""
     rows = (100_000_000 - 1) // args.row_length
     if args.document_masking:
-        rows = int(rows * 0.9)  # cut documents drop some 4% of FineWeb; the rest is for safety
+        rows = int(rows * 0.9)  # cutting documents drops some 6%; the rest is for safety
     return math.ceil(args.train_steps / max(1, rows // args.rows_per_step))
 
 
 def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> list[ShardInfo]:
     """Inspect shards in order, several at a time, until they hold the whole run (or all are seen).
 
-    ValueError if one of them is bad.
+    RunError if one of them is bad.
     """
     rows_per_unit = args.rows_per_step if training else 1  # a step never crosses a shard
     wanted = args.train_steps if training else args.val_tokens // args.row_length
@@ -472,11 +474,8 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
             raise RunError(f"no {kind} shards (*_{kind}_*.bin) in {folder}\n"
                            f"download FineWeb: {fetch} {estimate_shards(args)}\n"
                            f"or name a folder that has shards: --data_path FOLDER")  # fmt: skip
-    try:
-        val = inspect_enough(val_paths, args, training=False)
-        train = inspect_enough(train_paths, args, training=True)
-    except ValueError as error:
-        raise RunError(str(error)) from None
+    val = inspect_enough(val_paths, args, training=False)
+    train = inspect_enough(train_paths, args, training=True)
 
     val_rows = sum(shard.num_rows for shard in val)
     if val_rows * args.row_length < args.val_tokens:

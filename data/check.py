@@ -1,0 +1,144 @@
+"""Pre-flight: can this machine run train_gpt.py with these options? A few seconds.
+
+    python data/check.py [any option of train_gpt.py]
+
+Looks at versions, GPUs, memory, data and disk, advises on the micro-batch, and exits with status 1
+if something is missing.
+"""
+
+import math
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_gpt import (
+    GPT,
+    TRACKS,
+    Hyperparameters,
+    check_shard,
+    data_folder,
+    estimate_shards,
+    parse_hyperparameters,
+)
+
+MIN_PYTHON, MIN_TORCH = (3, 11), (2, 11)
+LOG_BYTES = 100_000_000  # what the logs and curves of a run may take, generously
+
+
+def estimate_memory(args: Hyperparameters) -> float:
+    """GPU memory of a run in GiB, fitted to the measured runs in records/; within some 10%."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(args).parameters())
+    static = 24 * parameters  # weights, gradients twice, and the optimizers' state, in bytes
+    wide = 1.2 if args.residual_dtype == "float32" else 1.0
+    per_token = 51 * wide * args.num_layers * args.model_dim
+    tokens = max(args.device_batch_size, args.val_batch_size // 4)
+    chunk = 8 * args.loss_chunk_size * args.vocab_size
+    return (static + per_token * tokens + chunk) / 2**30
+
+
+class Report:
+    """Lines of findings, and whether any of them stands in the way of the run."""
+
+    def __init__(self):
+        self.ready = True
+
+    def line(self, subject: str, finding: str, problem: str | None = None) -> None:
+        self.ready &= problem is None
+        print(f"{subject:9}{finding}" + (f"\n{'':9}-> {problem}" if problem else ""))
+
+
+def check_versions(report: Report) -> None:
+    found = sys.version_info[:2], tuple(int(n) for n in torch.__version__.split(".")[:2])
+    old = found < (MIN_PYTHON, MIN_TORCH) or found[1] < MIN_TORCH
+    report.line("versions", f"Python {platform.python_version()}, torch {torch.__version__}, "
+                f"CUDA {torch.version.cuda}",
+                "Python 3.11 and torch 2.11 or newer are needed" if old else None)  # fmt: skip
+
+
+def check_gpus(report: Report, args: Hyperparameters) -> None:
+    """GPUs and whether the micro-batch fits the smallest; on a CPU, cores."""
+    if not torch.cuda.is_available():
+        report.line("GPU", f"none; a CPU with {os.cpu_count()} cores",
+                    None if args.track == "sample" else
+                    f"track {args.track} takes days without one; try --track sample")  # fmt: skip
+        return
+    free = math.inf
+    for index in range(torch.cuda.device_count()):
+        free_here, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
+        free = min(free, free_here)
+        report.line("GPU", f"{index}: {torch.cuda.get_device_name(index)}, {total:.0f} GiB, "
+                    f"{free_here:.0f} GiB free")  # fmt: skip
+    needed = estimate_memory(args)
+    rows = args.rows_per_step
+    sizes = [n * args.row_length for n in range(rows, 0, -1) if rows % n == 0]
+    fitting = [size for size in sizes if estimate_memory(
+        Hyperparameters(**vars(args) | dict(device_batch_size=size, val_batch_size=size)))
+        < 0.9 * free]  # fmt: skip
+    problem = None
+    if needed > 0.95 * free:
+        problem = (f"try --device_batch_size {fitting[0]} --val_batch_size {fitting[0]}"
+                   if fitting else "this model does not fit this GPU")  # fmt: skip
+    report.line("memory", f"about {needed:.0f} GiB with --device_batch_size "
+                f"{args.device_batch_size}", problem)  # fmt: skip
+
+
+def check_data(report: Report, args: Hyperparameters) -> int:
+    """Shards needed, present and valid; returns the bytes still to be fetched."""
+    folder, needed = data_folder(args), estimate_shards(args)
+    official = args.data_path == TRACKS["single-gpu"]["data_path"]
+    present, broken, missing_bytes = 0, [], 0
+    train = sorted(folder.glob("*_train_*.bin"))
+    val = sorted(folder.glob("*_val_*.bin"))
+    for path in [*train, *val]:
+        try:
+            check_shard(path)
+            present += path in train
+        except ValueError as error:
+            broken.append(str(error))
+    problem = "; ".join(broken) or None
+    if official:
+        missing = max(0, needed - present) + (not val)
+        missing_bytes = missing * 200_001_024
+        if missing and not broken:
+            problem = (f"run.sh will download {missing} shards ({missing_bytes / 1e9:.1f} GB), or: "
+                       f"python data/cached_fineweb10B.py {needed}")  # fmt: skip
+    elif not train or not val:
+        problem = f"{folder} needs *_train_*.bin and *_val_*.bin"
+    wanted = f"of about {needed} " if official else ""
+    report.line("data", f"{folder}: {present} {wanted}train shards, {len(val)} val", problem)
+    return missing_bytes
+
+
+def check_disk(report: Report, args: Hyperparameters, missing_bytes: int) -> None:
+    for purpose, folder, wanted in (
+        ("data", data_folder(args), missing_bytes), ("logs", Path(args.log_dir), LOG_BYTES),
+    ):  # fmt: skip
+        while not folder.exists():
+            folder = folder.absolute().parent
+        free = shutil.disk_usage(folder).free
+        problem = f"{wanted / 1e9:.1f} GB are needed there" if free < wanted else None
+        if not os.access(folder, os.W_OK):
+            problem = f"{folder} cannot be written"
+        report.line("disk", f"{free / 1e9:.0f} GB free for {purpose}", problem)
+
+
+def main() -> int:
+    args = parse_hyperparameters(sys.argv[1:])
+    report = Report()
+    report.line("run", f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
+                f"{args.batch_size:,} tokens to val_loss {args.target}")  # fmt: skip
+    check_versions(report)
+    check_gpus(report, args)
+    check_disk(report, args, check_data(report, args))
+    print("ready" if report.ready else "not ready yet: see the lines marked ->")
+    return 0 if report.ready else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,537 @@
+"""The model against references written here, and who may influence whom."""
+
+import dataclasses
+import math
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, baseline_args, build, random_batch, tiny_args, wake_up
+
+import train_gpt
+from train_gpt import GPT, MicroBatch, Rotary, RunError, linear_cross_entropy, sdpa_attention
+
+NO_WINDOWS = (0, 0)
+LENGTHS = [20, 1, 43, 3, 50, 11]  # of the documents in two rows of 64
+
+
+# -----------------------------------------------------------------------------
+# Attention
+
+
+def naive_attention(q, k, v, batch, window, scale):
+    """A softmax over the keys that each query may see, in float64, one sequence at a time."""
+    shape = q.shape
+    q, k, v = (x.double().flatten(0, 1).transpose(0, 1) for x in (q, k, v))  # H, N, K
+    bounds = batch.cu_seqlens.tolist()
+    outputs = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        hidden = (distance < 0) | (distance > (window or end))
+        scores = scale * q[:, start:end] @ k[:, start:end].mT
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        outputs.append(weights @ v[:, start:end])
+    return torch.cat(outputs, 1).transpose(0, 1).reshape(shape)
+
+
+def outputs_and_gradients(attention, batch, window, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    q, k, v, upstream = torch.randn(4, 2, 64, 3, 8, generator=generator)
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    y = attention(*leaves, batch, window, 0.3)
+    assert y.shape == q.shape and y.dtype == dtype
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(dtype))]
+
+
+BATCHES = {
+    "whole rows": dict(),
+    "documents": dict(lengths=LENGTHS),
+    "one token each": dict(lengths=[1] * 128),
+}
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 64])
+@pytest.mark.parametrize("layout", BATCHES.values(), ids=BATCHES)
+def test_sdpa_attention_equals_a_naive_softmax_forward_and_backward(layout, window):
+    batch = random_batch(tiny_args(), **layout)
+    got = outputs_and_gradients(sdpa_attention, batch, window)
+    expected = outputs_and_gradients(naive_attention, batch, window, torch.float64)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=1e-5)
+
+
+def naive_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, window_size):
+    """What FlashAttention documents of a packed causal call, (tokens, heads, head_dim)."""
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    assert max_q == max_k >= int(cu_seqlens_q.diff().max())
+    left, right = window_size
+    assert right in (0, -1) and (left > 0 or left == -1), "-1 is no limit, 0 is none but itself"
+    batch = MicroBatch(None, None, cu_seqlens_q, max_q, False)
+    y = naive_attention(q[None], k[None], v[None], batch, 0 if left == -1 else left, scale)
+    return y[0].to(q.dtype)
+
+
+def fake_flash(**marks):
+    """A module like flash_attn, whose function does the arithmetic naively."""
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None,
+        causal=False, window_size=(-1, -1),
+    ):  # fmt: skip
+        assert causal and softmax_scale is not None
+        module.calls += 1
+        return naive_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                            softmax_scale, window_size)  # fmt: skip
+
+    module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func, calls=0)
+    return module
+
+
+@pytest.fixture
+def flash_modules(monkeypatch):
+    """Set what `import flash_attn_interface` and `import flash_attn` find; None: not installed."""
+
+    def install(interface=None, flash=None):
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
+        monkeypatch.setitem(sys.modules, "flash_attn", flash)
+
+    return install
+
+
+def fake_varlen_attn(monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert window_size[1] == 0, "causal"
+        return naive_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    return train_gpt.varlen_attention
+
+
+@pytest.mark.parametrize("window", [0, 1, 7])
+@pytest.mark.parametrize("layout", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_packed_backends_are_called_so_that_they_equal_sdpa(
+    flash_modules, monkeypatch, backend, layout, window
+):
+    flash_modules(interface=fake_flash())
+    attention = (train_gpt.load_flash_attention() if backend == "flash"
+                 else fake_varlen_attn(monkeypatch))  # fmt: skip
+    batch = random_batch(tiny_args(), **layout)
+    got = outputs_and_gradients(attention, batch, window)
+    expected = outputs_and_gradients(sdpa_attention, batch, window)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+
+
+def test_flash_attention_3_wins_over_2_and_none_is_fine(flash_modules):
+    new, old = fake_flash(), fake_flash()
+    batch = random_batch(tiny_args())
+    flash_modules(new, old)
+    outputs_and_gradients(train_gpt.load_flash_attention(), batch, 0)
+    assert (new.calls, old.calls) == (1, 0)
+    flash_modules(None, old)
+    outputs_and_gradients(train_gpt.load_flash_attention(), batch, 0)
+    assert (new.calls, old.calls) == (1, 1)
+    flash_modules(None, None)
+    assert train_gpt.load_flash_attention() is None
+    flash_modules(types.SimpleNamespace(), None)  # installed, but another version
+    assert train_gpt.load_flash_attention() is None
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_attends_through_sdpa(flash_modules, name, dtype):
+    flash_modules(fake_flash(), fake_flash())
+    args = tiny_args(attention=name, dtype=dtype)
+    assert train_gpt.choose_attention(args, CPU) == ("sdpa", sdpa_attention)
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash"])
+def test_attention_that_does_not_run_here_is_refused_with_what_does(name):
+    args = tiny_args(attention=name, dtype="bfloat16")
+    with pytest.raises(RunError, match=f"--attention {name}.*use one of: auto, sdpa"):
+        train_gpt.choose_attention(args, CPU)
+
+
+# -----------------------------------------------------------------------------
+# Who may influence whom
+
+
+def gradient_per_token(model, batch, windows):
+    """Gradient of the loss with respect to what each token looks up, (rows x T, numbers)."""
+    tables = [model.embed, *model.value_embeds]
+    gradients = torch.autograd.grad(model(batch, windows), [table.weight for table in tables])
+    tokens = batch.inputs_BT.flatten().long()
+    assert tokens.unique().numel() == tokens.numel(), "each token has to stand for one position"
+    return torch.cat([gradient[tokens] for gradient in gradients], dim=1)
+
+
+def influence(model, batch, position, windows):
+    """How strongly each token acts on the logits of one position.
+
+    With another target there, the loss changes by a difference of that position's logits alone;
+    so the gradient changes at the tokens that these logits depend on.
+    """
+    targets = batch.targets_BT.clone()
+    targets.view(-1)[position] = (targets.view(-1)[position] + 1) % model.args.vocab_size
+    before = gradient_per_token(model, batch, windows)
+    after = gradient_per_token(model, batch._replace(targets_BT=targets), windows)
+    return (after - before).norm(dim=1)
+
+
+def distinct_batch(args, lengths=None):
+    batch = random_batch(args, rows=2, lengths=lengths)
+    inputs = torch.randperm(args.vocab_size, generator=torch.Generator().manual_seed(2))[:128]
+    return batch._replace(inputs_BT=inputs.int().view(2, 64))
+
+
+def influential(model, batch, position, windows) -> set[int]:
+    """The tokens that act on a position; nothing lies near the line between acting and not."""
+    strength = influence(model, batch, position, windows)
+    acts = strength > 3e-6 * strength.max()
+    assert strength[~acts].max() < 1e-7 * strength.max()
+    return set(acts.nonzero().flatten().tolist())
+
+
+VARIANTS = {
+    "modern": dict(),
+    "baseline": baseline_args(
+        row_length=64, vocab_size=256, num_layers=2, num_heads=2, model_dim=32, dtype="float32",
+        tied_head=False,
+    ),
+}  # fmt: skip
+
+
+def variant(name, **overrides):
+    base = VARIANTS[name]
+    args = base if dataclasses.is_dataclass(base) else tiny_args(**base)
+    return dataclasses.replace(args, **overrides)
+
+
+@pytest.mark.parametrize("position", [0, 1, 40, 63, 64, 100])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_position_sees_itself_and_all_before_it_in_its_row_and_nothing_after(name, position):
+    args = variant(name)
+    row_start = position // 64 * 64
+    seen = influential(build(args), distinct_batch(args), position, NO_WINDOWS)
+    assert seen == set(range(row_start, position + 1))
+
+
+@pytest.mark.parametrize("windows", [NO_WINDOWS, (2, 4)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_position_sees_nothing_of_other_documents(name, windows):
+    args = variant(name)
+    model, batch = build(args), distinct_batch(args, LENGTHS)
+    reach = sum(windows) if any(windows) else 128
+    for document, length in enumerate(LENGTHS):
+        start = sum(LENGTHS[:document])
+        last = start + length - 1
+        seen = influential(model, batch, last, windows)
+        assert seen == set(range(max(start, last - reach), last + 1))
+
+
+@pytest.mark.parametrize("num_layers, short, long", [(2, 1, 1), (3, 2, 1), (4, 3, 1), (5, 3, 2)])
+def test_every_fourth_layer_and_the_last_look_back_far_and_the_others_little(
+    num_layers, short, long
+):
+    args = tiny_args(num_layers=num_layers)
+    model, batch = build(args), distinct_batch(args)
+    for windows in ((1, 2), (2, 3)):
+        reach = short * windows[0] + long * windows[1]
+        assert influential(model, batch, 60, windows) == set(range(60 - reach, 61))
+
+
+# -----------------------------------------------------------------------------
+# The loss
+
+
+def reference_cross_entropy(x, weight, targets, softcap):
+    logits = x @ weight.T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets.long(), reduction="sum")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 24, 60, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 3.0, 15.0])
+def test_the_chunked_loss_equals_cross_entropy_forward_and_backward(softcap, chunk_size):
+    x, weight = 4 * torch.randn(60, 16), torch.randn(91, 16)
+    targets = torch.randint(91, (60,)).int()
+    values = []
+    for dtype, function in (
+        (torch.float64, reference_cross_entropy),
+        (torch.float32, lambda *args: linear_cross_entropy(*args, chunk_size)),
+    ):
+        leaves = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        loss = function(*leaves, targets, softcap)
+        values.append([loss.detach(), *torch.autograd.grad(0.37 * loss, leaves)])
+    for expected, got in zip(*values, strict=True):
+        torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=1e-5)
+    with torch.no_grad():
+        without = linear_cross_entropy(x, weight, targets, softcap, chunk_size)
+    torch.testing.assert_close(without, values[1][0], atol=0, rtol=1e-6)
+
+
+def test_the_chunked_loss_does_not_overflow():
+    x, weight = torch.full((4, 2), 100.0), torch.tensor([[100.0, 100.0], [-100.0, 0.0]])
+    for softcap, expected in ((0.0, 4 * 30_000.0), (15.0, 4 * 30.0)):
+        loss = linear_cross_entropy(x, weight, torch.ones(4).int(), softcap, 3)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_model_returns_the_sum_over_all_tokens():
+    args = tiny_args()
+    model = build(args)
+    rows = random_batch(args, rows=4)
+    parts = [
+        MicroBatch(rows.inputs_BT[i : i + 1], rows.targets_BT[i : i + 1],
+                   torch.tensor([0, 64]).int(), 64, True)
+        for i in range(4)
+    ]  # fmt: skip
+    total = sum(model(part, NO_WINDOWS).item() for part in parts)
+    assert model(rows, NO_WINDOWS).item() == pytest.approx(total, rel=1e-6)
+    assert total / rows.targets_BT.numel() > 1
+
+
+# -----------------------------------------------------------------------------
+# Every switch
+
+SWITCHES = [
+    dict(activation="relu2"),
+    dict(activation="gelu"),
+    dict(qk_norm=False),
+    dict(attention_scale=0.0),
+    dict(attention_output_scale=0.2),
+    dict(rotary_fraction=0.0),
+    dict(rotary_fraction=1.0),
+    dict(rotary_base=10_000.0),
+    dict(norm_eps=1e-3),
+    dict(norm_embed=False),
+    dict(tied_head=True),
+    dict(logit_softcap=0.0),
+    dict(value_embeddings=0),
+    dict(value_embeddings=2),
+    dict(skip_connections=False),
+    dict(embed_shortcut=False),
+    dict(mlp_ratio=2),
+    dict(num_heads=1),
+    dict(num_layers=5),
+]
+
+
+def loss_and_gradients(args, batch, windows):
+    model = build(args)
+    loss = model(batch, windows)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("switch", [{}, *SWITCHES], ids=str)
+def test_every_switch_trains_every_parameter_and_matters(switch):
+    args = tiny_args(**dict(num_layers=4, head_lr=0.1) | switch)
+    batch = random_batch(args, lengths=LENGTHS)
+    loss, gradients = loss_and_gradients(args, batch, (8, 16))
+    assert math.isfinite(loss)
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert gradient.isfinite().all() and gradient.abs().max() > 1e-7, name
+    default = tiny_args(num_layers=4)
+    if args != dataclasses.replace(default, head_lr=0.1):
+        assert loss != loss_and_gradients(default, batch, (8, 16))[0]
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fresh_model_has_finite_gradients_for_every_parameter(zero_init, tied):
+    args = tiny_args(num_layers=4, zero_init_projections=zero_init, tied_head=tied)
+    torch.manual_seed(3)
+    model = GPT(args)
+    model(random_batch(args), NO_WINDOWS).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+    assert any(p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_masking_and_windows_change_what_is_computed():
+    args = tiny_args()
+    whole, cut = random_batch(args), random_batch(args, lengths=LENGTHS)
+    model = build(args)
+    losses = [model(batch, windows).item() for batch in (whole, cut)
+              for windows in (NO_WINDOWS, (4, 8), (4, 9), (5, 8))]  # fmt: skip
+    assert len(set(losses)) == 8
+
+
+@pytest.mark.parametrize("residual_dtype", ["bfloat16", "float32"])
+def test_bfloat16_stays_near_float32(residual_dtype):
+    args = tiny_args(num_layers=4)
+    batch = random_batch(args, lengths=LENGTHS)
+    exact = build(args)(batch, NO_WINDOWS)
+    model = build(tiny_args(num_layers=4, dtype="bfloat16", residual_dtype=residual_dtype))
+    rough = model(batch, NO_WINDOWS)
+    rough.backward()
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), rel=0.01)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+# -----------------------------------------------------------------------------
+# Initial weights
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    one, same, other = (build(tiny_args(), awake=False, seed=seed) for seed in (1, 1, 2))
+    for a, b in zip(one.parameters(), same.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(one.embed.weight, other.embed.weight)
+    assert not torch.equal(one.blocks[0].attn.qkv, other.blocks[0].attn.qkv)
+
+
+def test_an_untied_head_of_zeros_predicts_all_tokens_alike():
+    args = tiny_args()
+    batch = random_batch(args)
+    for softcap in (0.0, 15.0):
+        model = build(dataclasses.replace(args, logit_softcap=softcap), awake=False)
+        loss = model(batch, NO_WINDOWS).item() / batch.targets_BT.numel()
+        assert loss == pytest.approx(math.log(256), abs=1e-5)
+
+
+def test_projections_start_at_zero_only_when_asked():
+    for zero in (True, False):
+        model = build(tiny_args(zero_init_projections=zero), awake=False)
+        outputs = [model.head, *(p for name, p in model.named_parameters() if "projection" in name)]
+        assert len(outputs) == 5
+        assert all((p.abs().max() == 0) == zero for p in outputs)
+
+
+def test_weights_start_in_the_spread_of_a_linear_layer_and_unit_embeddings():
+    model = build(tiny_args(zero_init_projections=False), awake=False)
+    for name, p in model.named_parameters():
+        if "embed" in name:
+            assert p.std().item() == pytest.approx(1, abs=0.03)
+        elif p.ndim > 1:
+            bound = p.size(-1) ** -0.5
+            assert 0.95 * bound < p.abs().max() <= bound
+            assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    tied = build(tiny_args(tied_head=True), awake=False).embed.weight
+    assert 0.95 * 32**-0.5 < tied.abs().max() <= 32**-0.5
+
+
+def test_a_parameter_that_nobody_initialises_is_named():
+    class Extended(GPT):
+        def reset_parameters(self):
+            self.gain = torch.nn.Parameter(torch.empty(3))
+            super().reset_parameters()
+
+    with pytest.raises(RunError, match="gain.*reset_parameters"):
+        Extended(tiny_args())
+
+
+# -----------------------------------------------------------------------------
+# Rotary position embedding
+
+
+def rotate(x, **overrides):
+    """x (T, K) rotated at positions 0 to T - 1."""
+    args = tiny_args(model_dim=x.size(1), num_heads=1, row_length=len(x), val_tokens=len(x),
+                     batch_size=len(x), device_batch_size=len(x), val_batch_size=len(x),
+                     max_document_length=8, **overrides)  # fmt: skip
+    return Rotary(args)(x[None, :, None])[0, :, 0]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_rotation_keeps_norms_and_depends_on_the_distance_alone_even_far_out(fraction):
+    q, k = torch.randn(2, 16).double()
+    length = 16_384
+    rotated_q, rotated_k = (
+        rotate(x.float().expand(length, -1), rotary_fraction=fraction).double() for x in (q, k)
+    )
+    torch.testing.assert_close(rotated_q.norm(dim=1), q.norm().expand(length), rtol=1e-6, atol=0)
+    for distance in (0, 1, 5, 300):
+        products = (rotated_q[distance:] * rotated_k[: length - distance]).sum(1)
+        assert products.max() - products.min() < 1e-5
+    for distance in (1, 5):
+        apart = (rotated_q[distance] * rotated_k[0]).sum() - (rotated_q[0] * rotated_k[0]).sum()
+        assert (apart.abs() > 1e-3) == (fraction > 0)
+
+
+@pytest.mark.parametrize("base, fraction", [(10_000.0, 1.0), (1_024.0, 0.5)])
+def test_rotation_angles_at_far_positions_equal_those_in_float64(base, fraction):
+    x = torch.randn(16_384, 16)
+    active = round(8 * fraction)
+    frequency = torch.tensor([base ** -(i / active) if i < active else 0.0 for i in range(8)])
+    angle = torch.arange(16_384).double()[:, None] * torch.tensor(
+        [base ** -(i / active) if i < active else 0.0 for i in range(8)], dtype=torch.float64)
+    assert frequency[0] == 1
+    turned = torch.polar(torch.ones_like(angle), -angle) * torch.complex(*x.double().chunk(2, 1))
+    expected = torch.cat([turned.real, turned.imag], 1)
+    got = rotate(x, rotary_base=base, rotary_fraction=fraction)
+    torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=0)
+    rough = rotate(x.bfloat16(), rotary_base=base, rotary_fraction=fraction)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.double(), expected, atol=0.02, rtol=0.02)
+
+
+# -----------------------------------------------------------------------------
+# The baseline, written once more
+
+
+def test_the_baseline_has_gpt2_smalls_parameters():
+    with torch.device("meta"):
+        model = GPT(baseline_args())
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 123_532_032 == 50_257 * 768 + 12 * 12 * 768**2
+    assert len({p.data_ptr for p in model.parameters()}) == 1 + 12 * 4
+
+
+def reference_baseline(weights, inputs, targets, num_layers, num_heads):
+    """Loss of a pre-norm transformer with rotary attention and a tied head, in float64."""
+
+    def rms(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def rotary(x):  # (T, H, K)
+        half = x.size(-1) // 2
+        angle = torch.outer(torch.arange(len(x)).double(),
+                            10_000.0 ** (-torch.arange(half).double() / half))[:, None]
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()], -1)
+
+    total = 0.0
+    for row, row_targets in zip(inputs.long(), targets.long(), strict=True):
+        x = weights["embed.weight"][row]
+        T, D = x.shape
+        future = torch.ones(T, T).triu(1).bool()
+        for i in range(num_layers):
+            w_q, w_k, w_v = weights[f"blocks.{i}.attn.qkv"]
+            y = rms(x)
+            q, k, v = ((y @ w.T).view(T, num_heads, -1) for w in (w_q, w_k, w_v))
+            scores = torch.einsum("qhc,khc->hqk", rotary(q), rotary(k)) / (D // num_heads) ** 0.5
+            mixed = torch.einsum("hqk,khc->qhc", scores.masked_fill(future, -1e9).softmax(-1), v)
+            attended = mixed.reshape(T, D) @ weights[f"blocks.{i}.attn.projection"].T
+            x = x + attended / 24**0.5
+            h = rms(x) @ weights[f"blocks.{i}.mlp.up"].T
+            h = h * 0.5 * (1 + torch.erf(h / 2**0.5))
+            x = x + h @ weights[f"blocks.{i}.mlp.projection"].T
+        logits = rms(x) @ weights["embed.weight"].T
+        total -= logits.log_softmax(-1)[torch.arange(T), row_targets].sum()
+    return total
+
+
+def test_the_baseline_equals_an_independent_implementation_forward_and_backward():
+    args = baseline_args(row_length=64, vocab_size=256, num_layers=3, num_heads=4, model_dim=32,
+                         dtype="float32")  # fmt: skip
+    torch.manual_seed(0)
+    model, batch = wake_up(GPT(args), scale=2), random_batch(args)
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    expected = reference_baseline(weights, batch.inputs_BT, batch.targets_BT, 3, 4)
+    windows = train_gpt.attention_windows(0, args)
+    loss = model(batch, windows)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.double(), weights[name].grad, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,340 @@
+"""Muon and Adam against hand computations, over any number of ranks and micro-batches."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ONE_RANK,
+    build,
+    random_batch,
+    random_tokens,
+    run_ranks,
+    tiny_args,
+    write_tokens,
+)
+
+import train_gpt
+from train_gpt import GPT, Adam, Muon, RunError, build_optimizers, train_batches, train_step
+from train_gpt import zeropower_via_newtonschulz5 as zeropower
+
+ITERATIONS = ["polar-express", "newton-schulz"]
+
+
+# -----------------------------------------------------------------------------
+# Orthogonalisation
+
+
+def matrix_with(singular_values, rows, columns, seed=0):
+    """U diag(s) V^T in float64, and U V^T."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(singular_values)
+    U, V = (torch.linalg.qr(torch.randn(size, n, generator=generator).double())[0]
+            for size in (rows, columns))  # fmt: skip
+    return U @ torch.diag(torch.as_tensor(singular_values).double()) @ V.T, U, V
+
+
+@pytest.mark.parametrize("iteration, low, high", [("polar-express", 0.75, 1.25),
+                                                  ("newton-schulz", 0.6, 1.3)])  # fmt: skip
+@pytest.mark.parametrize("rows, columns", [(24, 24), (24, 60), (60, 24)])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_singular_values_end_near_one_and_the_vectors_stay(
+    iteration, low, high, rows, columns, size
+):
+    G, U, V = matrix_with(np.linspace(0.1, 2.0, 24), rows, columns)
+    X = zeropower((size * G).float(), iteration).double()
+    rotated = U.T @ X @ V
+    values = rotated.diag()
+    assert low < values.min() and values.max() < high
+    torch.testing.assert_close(rotated, torch.diag(values), atol=2e-3, rtol=0)
+    torch.testing.assert_close(U @ rotated @ V.T, X, atol=2e-3, rtol=0)  # and no other directions
+
+
+@pytest.mark.parametrize("iteration", ITERATIONS)
+@pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8)])
+def test_a_stack_of_matrices_is_done_one_by_one(iteration, shape):
+    G = torch.randn(5, *shape) * torch.tensor([1, 10, 0.1, 3, 0])[:, None, None]
+    X = zeropower(G, iteration)
+    assert X.shape == G.shape
+    for one, whole in zip(G, X, strict=True):
+        torch.testing.assert_close(zeropower(one[None], iteration)[0], whole, atol=1e-5, rtol=1e-5)
+    assert X[4].abs().max() == 0
+
+
+def test_random_matrices_are_orthogonalised_within_wide_bounds():
+    for iteration in ITERATIONS:
+        X = zeropower(torch.randn(4, 32, 64), iteration)
+        values = torch.linalg.svdvals(X)
+        assert 0.5 < values.min() and values.max() < 1.5
+
+
+def test_the_two_iterations_differ():
+    G = torch.randn(1, 8, 8)
+    assert not torch.allclose(*(zeropower(G, iteration) for iteration in ITERATIONS), atol=0.01)
+
+
+# -----------------------------------------------------------------------------
+# Adam
+
+
+def parameters(*shapes):
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+
+
+def named(group):
+    return [(f"p{i}", p) for i, p in enumerate(group)]
+
+
+@pytest.mark.parametrize("eps", [1e-10, 1e-3])
+@pytest.mark.parametrize("betas", [(0.8, 0.95), (0.9, 0.999)])
+def test_adam_equals_torchs_adamw(betas, eps):
+    ours = [parameters((7, 5), (3,)), parameters((4, 3, 2), (1,))]
+    theirs = [[torch.nn.Parameter(p.detach().clone()) for p in group] for group in ours]
+    lrs = [0.02, 0.1]
+    adam = Adam([dict(params=named(g), lr=lr) for g, lr in zip(ours, lrs, strict=True)], 0, 1,
+                fuse=False, betas=betas, eps=eps, weight_decay=0.1)  # fmt: skip
+    adamw = torch.optim.AdamW([dict(params=g, lr=lr) for g, lr in zip(theirs, lrs, strict=True)],
+                              betas=betas, eps=eps, weight_decay=0.1)  # fmt: skip
+    for step in range(15):
+        for groups in zip(adam.param_groups, adamw.param_groups, strict=True):
+            for group in groups:
+                group["lr"] *= 1.1 if step < 7 else 0.8
+        for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
+            a.grad = torch.randn(a.shape) * 10 ** (step % 3 - 1)
+            b.grad = a.grad.clone()
+        adam.step()
+        adamw.step()
+        for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+@pytest.mark.parametrize("iteration", ITERATIONS)
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape, scale", [((6, 6), 1.0), ((6, 24), 1.0), ((24, 6), 2.0)])
+def test_muon_equals_the_hand_computation(shape, scale, nesterov, iteration):
+    ours = parameters(shape, (2, *shape))  # three matrices
+    expected = torch.cat([p.detach().clone().view(-1, *shape) for p in ours])
+    muon = Muon([dict(params=named(ours), lr=0.1)], 0, 1, momentum=0.9, nesterov=nesterov,
+                iteration=iteration, weight_decay=0.5)  # fmt: skip
+    buffer = torch.zeros(3, *shape)
+    for momentum, lr in ((0.9, 0.1), (0.8, 0.05), (0.8, 0.2)):
+        muon.param_groups[0].update(momentum=momentum, lr=lr)
+        gradient = torch.randn(3, *shape)
+        ours[0].grad, ours[1].grad = gradient[0].clone(), gradient[1:].clone()
+        muon.step()
+        buffer = momentum * buffer + (1 - momentum) * gradient
+        direction = (1 - momentum) * gradient + momentum * buffer if nesterov else buffer
+        expected = expected * (1 - lr * 0.5) - lr * scale * zeropower(direction, iteration)
+        got = torch.cat([p.detach().view(-1, *shape) for p in ours])
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# Which parameter is where
+
+
+def groups_of(model, args):
+    """{name: (optimizer, group)}; a name in two groups fails."""
+    found = {}
+    for optimizer in build_optimizers(model, args):
+        for group in optimizer.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                assert name not in found and p is dict(model.named_parameters())[name]
+                found[name] = optimizer, group
+    return found
+
+
+LRS = dict(matrix_lr=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04)
+
+
+def expected_lr(name):
+    if name == "head":
+        return 0.03
+    if "embed" in name:
+        return 0.02
+    return 0.04 if name.endswith("lambdas") else 0.01
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(optimizer, tied):
+    args = tiny_args(num_layers=4, value_embeddings=2, optimizer=optimizer, tied_head=tied,
+                     muon_momentum=0.9, muon_nesterov=False, weight_decay=0.3, **LRS)  # fmt: skip
+    model = build(args)
+    found = groups_of(model, args)
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    for name, (holder, group) in found.items():
+        assert group["lr"] == group["initial_lr"] == expected_lr(name), name
+        assert group["weight_decay"] == 0.3
+        is_muon = optimizer == "muon" and expected_lr(name) == 0.01
+        assert isinstance(holder, Muon if is_muon else Adam), name
+        if is_muon:
+            assert (group["momentum"], group["nesterov"]) == (0.9, False)
+            assert group["iteration"] == "polar-express"
+        else:
+            assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-10)
+
+
+def test_building_the_optimizers_changes_no_weight():
+    args = tiny_args(num_layers=3)
+    model, untouched = build(args), build(args)
+    build_optimizers(model, args)
+    for a, b in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Extended(GPT):
+    """A model with a parameter that forward does not use."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+
+def test_a_parameter_that_forward_does_not_use_is_named_before_anything_is_hidden():
+    args = tiny_args()
+    model = Extended(args)
+    optimizers = build_optimizers(model, args)
+    with pytest.raises(RunError, match="parameter unused got no gradient"):
+        train_step(model, optimizers, [random_batch(args, rows=8)], 0, args, ONE_RANK)
+
+
+def test_an_added_parameter_is_optimised_too():
+    class Scaled(Extended):
+        def forward(self, batch, windows):
+            return super().forward(batch, windows) * self.unused.mean()
+
+    args = tiny_args(**LRS)
+    model = Scaled(args)
+    assert groups_of(model, args)["unused"][1]["lr"] == 0.04
+    train_step(model, build_optimizers(model, args), [random_batch(args, rows=8)], 0, args,
+               ONE_RANK)  # fmt: skip
+    assert (model.unused != 1).all()
+
+
+# -----------------------------------------------------------------------------
+# The same training on any number of ranks, in any micro-batches
+
+
+def training_args(**overrides):
+    """3 layers and 253 tokens: neither matrices nor numbers can be shared out evenly."""
+    settings = dict(num_layers=3, vocab_size=253, model_dim=20, num_heads=1, mlp_ratio=3,
+                    document_masking=False, zero_init_projections=False, window_start=32,
+                    window_end=32, weight_decay=0.1, device_batch_size=64, **LRS)  # fmt: skip
+    return tiny_args(**settings | overrides)
+
+
+def train_steps(ranks, args, shard):
+    """Losses and weights after four steps on a shard."""
+    torch.manual_seed(7)
+    model = GPT(args)
+    optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
+    losses = [
+        train_step(model, optimizers, batches, step, args, ranks)
+        for step, batches in enumerate(train_batches([shard], args, ranks))
+    ]
+    assert len(losses) == args.train_steps
+    return torch.stack(losses), {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="session")
+def shard(tmp_path_factory):
+    """Four steps of 512 tokens."""
+    path = tmp_path_factory.mktemp("shards") / "tokens_train_1.bin"
+    return write_tokens(path, random_tokens(5, 4 * 512 + 1, vocab_size=253))
+
+
+@pytest.fixture(scope="session")
+def on_one_rank(shard):
+    torch.manual_seed(0)
+    return {optimizer: train_steps(ONE_RANK, training_args(optimizer=optimizer), shard)
+            for optimizer in ("muon", "adam")}  # fmt: skip
+
+
+def assert_same_training(got, expected):
+    torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)
+    for name, weight in expected[1].items():
+        torch.testing.assert_close(got[1][name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def train_both(ranks, shard):
+    return [train_steps(ranks, training_args(optimizer=name), shard) for name in ("muon", "adam")]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_train_as_one(shard, on_one_rank, tmp_path, world_size):
+    results = run_ranks(train_both, world_size, tmp_path / "ranks", shard)
+    for rank in results:
+        for got, same, expected in zip(rank, results[0], on_one_rank.values(), strict=True):
+            assert_same_training(got, expected)
+            for name, weight in got[1].items():
+                assert torch.equal(weight, same[1][name]), f"ranks differ in {name}"
+
+
+def test_the_sizes_of_these_tests_do_not_share_out_evenly():
+    args = training_args()
+    uneven = [sum(p.numel() if p.ndim < 2 or "embed" in name else len(p.view(-1, *p.shape[-2:]))
+                  for name, p in zip(group["param_names"], group["params"], strict=True))
+              for optimizer in build_optimizers(build(args), args)
+              for group in optimizer.param_groups]  # fmt: skip
+    assert any(units % 2 for units in uneven)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+@pytest.mark.parametrize("device_batch_size", [128, 512])
+def test_the_micro_batch_size_does_not_change_the_training(
+    shard, on_one_rank, device_batch_size, optimizer
+):
+    args = training_args(optimizer=optimizer, device_batch_size=device_batch_size)
+    assert_same_training(train_steps(ONE_RANK, args, shard), on_one_rank[optimizer])
+
+
+def test_a_step_reports_the_mean_loss_and_takes_the_gradient_of_it():
+    args = tiny_args(optimizer="adam")
+    model = build(args)
+    parts = [random_batch(args, rows=4, seed=seed) for seed in (1, 2)]
+    losses = [model(part, (0, 0)) for part in parts]
+    mean = sum(losses) / args.batch_size
+    gradients = torch.autograd.grad(mean, list(model.parameters()))
+    seen = []
+
+    class Recorder:
+        param_groups = []
+
+        def step(self):
+            seen.extend(p.grad.clone() for p in model.parameters())
+
+        def zero_grad(self, set_to_none):
+            model.zero_grad(set_to_none)
+
+    loss = train_step(model, [Recorder()], parts, 0, args, ONE_RANK)
+    assert loss.item() == pytest.approx(mean.item(), rel=1e-6)
+    for got, expected in zip(seen, gradients, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_training_lowers_the_loss():
+    args = tiny_args(train_steps=12, embed_lr=0.1, matrix_lr=0.02)
+    model, batch = build(args, awake=False), random_batch(args, rows=8)
+    optimizers = build_optimizers(model, args)
+    losses = [train_step(model, optimizers, [batch], step, args, ONE_RANK).item()
+              for step in range(12)]  # fmt: skip
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_step_uses_the_schedule_of_its_number():
+    args = tiny_args(train_steps=10, warmup_frac=0.5, cooldown_frac=0.0, optimizer="muon", **LRS)
+    model = build(args)
+    optimizers = build_optimizers(model, args)
+    train_step(model, optimizers, [random_batch(args, rows=8)], 1, args, ONE_RANK)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(0.4 * group["initial_lr"])
+    assert optimizers[1].param_groups[0]["momentum"] == pytest.approx(
+        train_gpt.muon_momentum(1, dataclasses.replace(args)))  # fmt: skip

@@ -1,0 +1,115 @@
+"""Learning rates, momentum and attention windows as functions of the step."""
+
+import dataclasses
+
+import pytest
+from conftest import baseline_args, build, tiny_args
+
+from train_gpt import (
+    attention_windows,
+    build_optimizers,
+    lr_multiplier,
+    muon_momentum,
+    parse_hyperparameters,
+    set_schedules,
+)
+
+MODERN = parse_hyperparameters(["--track", "single-gpu"])
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 1 / 256),
+        (1, 2 / 256),
+        (254, 255 / 256),
+        (255, 1.0),
+        (256, 1.0),
+        (3743, 1.0),
+        (3744, 1.0),
+        (3745, 1023 / 1024),
+        (4256, 0.5),
+        (4767, 1 / 1024),
+    ],
+)
+def test_the_baseline_rises_256_steps_and_falls_1024(step, expected):
+    assert lr_multiplier(step, baseline_args()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_shorter_baseline_keeps_the_shares_of_its_phases():
+    args = baseline_args(train_steps=380)
+    rise, fall = round(380 * 256 / 4768), round(380 * 1024 / 4768)
+    assert (rise, fall) == (20, 82)
+    for step in range(380):
+        expected = min((step + 1) / rise, 1.0, (380 - step) / fall)
+        assert lr_multiplier(step, args) == pytest.approx(expected)
+
+
+def test_the_modern_recipe_is_flat_and_then_falls_to_its_final_share():
+    args = dataclasses.replace(MODERN, train_steps=1000, cooldown_frac=0.4, final_lr_frac=0.1)
+    values = [lr_multiplier(step, args) for step in range(1001)]
+    assert values[:601] == [1.0] * 601
+    assert values[800] == pytest.approx(0.55)
+    assert values[1000] == pytest.approx(0.1)
+    falls = {round(a - b, 9) for a, b in zip(values[600:-1], values[601:], strict=True)}
+    assert falls == {round(0.9 / 400, 9)}
+
+
+@pytest.mark.parametrize("train_steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("fractions", [(0, 0), (0, 1), (1, 0), (0.5, 0.5), (0.01, 0.01)])
+def test_learning_rates_stay_within_0_and_1_in_the_shortest_runs(train_steps, fractions):
+    args = dataclasses.replace(MODERN, train_steps=train_steps, warmup_frac=fractions[0],
+                               cooldown_frac=fractions[1])  # fmt: skip
+    for step in range(train_steps):
+        assert 0 < lr_multiplier(step, args) <= 1
+        assert 0.85 <= muon_momentum(step, args) <= 0.95
+
+
+def test_momentum_rises_from_085_to_its_final_value_over_a_fifth():
+    args = dataclasses.replace(MODERN, train_steps=1000, muon_momentum=0.95)
+    assert muon_momentum(0, args) == pytest.approx(0.85)
+    assert muon_momentum(100, args) == pytest.approx(0.90)
+    assert muon_momentum(199, args) < 0.95
+    for step in (200, 201, 999, 1000):
+        assert muon_momentum(step, args) == pytest.approx(0.95)
+    assert muon_momentum(1000, dataclasses.replace(args, muon_momentum=0.9)) == pytest.approx(0.9)
+
+
+def test_windows_grow_in_multiples_from_their_start_to_their_end():
+    args = dataclasses.replace(MODERN, train_steps=500, window_start=256, window_end=1792)
+    windows = [attention_windows(step, args) for step in range(501)]
+    assert windows[0] == (128, 256)
+    assert windows[250] == (512, 1024)
+    assert windows[-1] == (896, 1792)
+    assert windows == sorted(windows)
+    for short, long in windows:
+        assert short % 64 == 0 and long % 128 == 0 and long == 2 * short
+    assert {long for _, long in windows} == set(range(256, 1793, 128))
+
+
+def test_a_window_that_is_no_multiple_is_rounded_up():
+    args = dataclasses.replace(MODERN, window_start=1, window_end=1000)
+    assert attention_windows(0, args) == (64, 128)
+    assert attention_windows(args.train_steps, args) == (512, 1024)
+
+
+def test_no_window_means_no_limit_at_every_step():
+    args = dataclasses.replace(MODERN, window_start=0, window_end=0)
+    steps = (0, 1, args.train_steps // 2, args.train_steps)
+    assert {attention_windows(step, args) for step in steps} == {(0, 0)}
+    assert attention_windows(3000, baseline_args()) == (0, 0)
+
+
+def test_every_group_follows_the_schedule_from_its_own_learning_rate():
+    args = tiny_args(train_steps=100, warmup_frac=0.1, cooldown_frac=0.5, final_lr_frac=0.2,
+                     muon_momentum=0.9, matrix_lr=0.1, embed_lr=0.2, head_lr=0.3,
+                     scalar_lr=0.4)  # fmt: skip
+    optimizers = build_optimizers(build(args), args)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    initial = [group["lr"] for group in groups]
+    assert sorted(set(initial)) == [0.1, 0.2, 0.3, 0.4]
+    for step, factor, momentum in ((99, 0.216, 0.9), (4, 0.5, 0.86), (30, 1.0, 0.9)):
+        set_schedules(optimizers, step, args)
+        assert [group["lr"] for group in groups] == pytest.approx([factor * lr for lr in initial])
+        momenta = {group["momentum"] for group in groups if "momentum" in group}
+        assert momenta == {pytest.approx(momentum)}
