@@ -60,7 +60,7 @@ find_python() {
             "sudo apt install python3-venv" >&2
         exit 1
     fi
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt >&2
+    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt >&2
     python=.venv/bin/python
 }
 find_python
@@ -89,9 +89,16 @@ if [ "$track" != sample ] && [ -z "$(value_of data_path "$@")" ]; then
 fi
 
 nproc=${NPROC:-$([ "$track" = single-gpu ] || [ "$gpus" -eq 0 ] && echo 1 || echo "$gpus")}
+if [ "$gpus" -gt 0 ]; then
+    advice=$(NPROC=$nproc "$python" data/check.py --advise "$@")
+    # shellcheck disable=SC2086
+    if [ -n "$advice" ]; then echo "to fit the GPU's memory: $advice"; set -- $advice "$@"; fi
+fi
+
 where=--standalone
 for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID RDZV_BACKEND MASTER_ADDR MASTER_PORT; do
     if [ -n "${!name:-}" ]; then export "PET_$name=${!name}"; where=; fi
 done
 if [ "$nproc" = 1 ] && [ -n "$where" ]; then exec "$python" train_gpt.py "$@"; fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(("$(getconf _NPROCESSORS_ONLN)" / nproc + 1))}
 exec "$python" -m torch.distributed.run $where --nproc_per_node="$nproc" train_gpt.py "$@"

@@ -1483,7 +1483,7 @@ def warm_up(
     accumulation = args.batch_size // args.device_batch_size // ranks.world_size
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
         # The second windows make the compiler treat windows as variable from then on.
         for step in (0, args.train_steps - 1):
             with torch.no_grad(), memory_advice(args, "val_batch_size"):

@@ -1,12 +1,14 @@
 """Pre-flight: can this machine run train_gpt.py with these options? A few seconds.
 
     python data/check.py [any option of train_gpt.py]
+    python data/check.py --advise [any option of train_gpt.py]
 
-Looks at versions, GPUs, memory, data and disk, advises on the micro-batch, and exits with status 1
-if something is missing.
+The first looks at versions, GPUs, memory, data and disk, and exits with status 1 if something is
+missing. The second prints only the options with which the run fits the GPUs' memory, or nothing
+if it fits as it is; run.sh calls it.
 """
 
-import math
+import dataclasses
 import os
 import platform
 import shutil
@@ -20,6 +22,7 @@ from train_gpt import (
     GPT,
     TRACKS,
     Hyperparameters,
+    RunError,
     check_shard,
     data_folder,
     estimate_shards,
@@ -34,12 +37,12 @@ def estimate_memory(args: Hyperparameters) -> float:
     """GPU memory of a run in GiB, fitted to the measured runs in records/; within some 10%."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(args).parameters())
-    static = 24 * parameters  # weights, gradients twice, and the optimizers' state, in bytes
-    wide = 1.2 if args.residual_dtype == "float32" else 1.0
-    per_token = 51 * wide * args.num_layers * args.model_dim
+    # Validation keeps nothing for a backward pass.
     tokens = max(args.device_batch_size, args.val_batch_size // 4)
-    chunk = 8 * args.loss_chunk_size * args.vocab_size
-    return (static + per_token * tokens + chunk) / 2**30
+    num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
+                 + 55 * args.num_layers * args.model_dim * tokens  # activations
+                 + 2.3 * args.loss_chunk_size * args.vocab_size)  # logits  # fmt: skip
+    return 1.05 * num_bytes / 2**30 + 0.7  # what the allocator leaves unused, and CUDA itself
 
 
 class Report:
@@ -61,31 +64,47 @@ def check_versions(report: Report) -> None:
                 "Python 3.11 and torch 2.11 or newer are needed" if old else None)  # fmt: skip
 
 
+def free_memory() -> float:
+    """GiB free on the fullest GPU."""
+    gpus = range(torch.cuda.device_count())
+    return min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) / 2**30
+
+
+def advise(args: Hyperparameters, free: float) -> str:
+    """Options that make the run fit `free` GiB; empty if it fits. The training stays the same.
+
+    RunError if nothing helps.
+    """
+    if estimate_memory(args) < 0.95 * free:
+        return ""
+    rows = args.rows_per_step // int(os.environ.get("NPROC", 1))
+    for n in range(args.device_batch_size // args.row_length, 0, -1):
+        size = n * args.row_length
+        smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=size)
+        if rows % n == 0 and estimate_memory(smaller) < 0.9 * free:
+            return f"--device_batch_size {size} --val_batch_size {size}"
+    raise RunError(f"about {estimate_memory(smaller):.0f} GiB of GPU memory are needed at least, "
+                   f"but {free:.0f} GiB are free")  # fmt: skip
+
+
 def check_gpus(report: Report, args: Hyperparameters) -> None:
-    """GPUs and whether the micro-batch fits the smallest; on a CPU, cores."""
+    """GPUs and whether the micro-batch fits them; on a CPU, cores."""
     if not torch.cuda.is_available():
         report.line("GPU", f"none; a CPU with {os.cpu_count()} cores",
                     None if args.track == "sample" else
                     f"track {args.track} takes days without one; try --track sample")  # fmt: skip
         return
-    free = math.inf
     for index in range(torch.cuda.device_count()):
-        free_here, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
-        free = min(free, free_here)
+        free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
         report.line("GPU", f"{index}: {torch.cuda.get_device_name(index)}, {total:.0f} GiB, "
-                    f"{free_here:.0f} GiB free")  # fmt: skip
-    needed = estimate_memory(args)
-    rows = args.rows_per_step
-    sizes = [n * args.row_length for n in range(rows, 0, -1) if rows % n == 0]
-    fitting = [size for size in sizes if estimate_memory(
-        Hyperparameters(**vars(args) | dict(device_batch_size=size, val_batch_size=size)))
-        < 0.9 * free]  # fmt: skip
-    problem = None
-    if needed > 0.95 * free:
-        problem = (f"try --device_batch_size {fitting[0]} --val_batch_size {fitting[0]}"
-                   if fitting else "this model does not fit this GPU")  # fmt: skip
-    report.line("memory", f"about {needed:.0f} GiB with --device_batch_size "
-                f"{args.device_batch_size}", problem)  # fmt: skip
+                    f"{free:.0f} GiB free")  # fmt: skip
+    finding = (f"about {estimate_memory(args):.0f} GiB with --device_batch_size "
+               f"{args.device_batch_size} --val_batch_size {args.val_batch_size}")  # fmt: skip
+    try:
+        options = advise(args, free_memory())
+        report.line("memory", finding + (f"; run.sh will use {options}" if options else ""))
+    except RunError as error:
+        report.line("memory", finding, str(error))
 
 
 def check_data(report: Report, args: Hyperparameters) -> int:
@@ -129,7 +148,14 @@ def check_disk(report: Report, args: Hyperparameters, missing_bytes: int) -> Non
 
 
 def main() -> int:
-    args = parse_hyperparameters(sys.argv[1:])
+    argv = sys.argv[1:]
+    args = parse_hyperparameters([option for option in argv if option != "--advise"])
+    if "--advise" in argv:
+        try:
+            print(advise(args, free_memory()) if torch.cuda.is_available() else "")
+        except RunError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        return 0
     report = Report()
     report.line("run", f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
                 f"{args.batch_size:,} tokens to val_loss {args.target}")  # fmt: skip

@@ -337,6 +337,13 @@ def test_too_few_steps_say_how_many_shards_to_download(folder):
     assert f"hold {sum(per_shard)} steps" in message and "--train_steps" in message
 
 
+def test_a_step_that_fits_in_no_shard_is_refused_without_sending_for_more_shards(tmp_path):
+    write_tokens(tmp_path / "a_train_1.bin", [START] * 200)
+    write_tokens(tmp_path / "a_val_0.bin", [START, *range(600)])
+    message = refusal(plan_args(tmp_path))
+    assert "--batch_size" in message and "cached_fineweb10B.py" not in message
+
+
 @pytest.mark.parametrize("kind", ["train", "val"])
 def test_missing_shards_name_the_folder_and_the_download(folder, kind):
     for path in folder.glob(f"*{kind}*"):

@@ -35,15 +35,15 @@ def matrix_with(singular_values, rows, columns, seed=0):
     return U @ torch.diag(torch.as_tensor(singular_values).double()) @ V.T, U, V
 
 
-@pytest.mark.parametrize("iteration, low, high", [("polar-express", 0.75, 1.25),
-                                                  ("newton-schulz", 0.6, 1.3)])  # fmt: skip
+@pytest.mark.parametrize("iteration, low, high", [("polar-express", 0.83, 1.17),
+                                                  ("newton-schulz", 0.65, 1.2)])  # fmt: skip
 @pytest.mark.parametrize("rows, columns", [(24, 24), (24, 60), (60, 24)])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 def test_singular_values_end_near_one_and_the_vectors_stay(
     iteration, low, high, rows, columns, size
 ):
     G, U, V = matrix_with(np.linspace(0.1, 2.0, 24), rows, columns)
-    X = zeropower((size * G).float(), iteration).double()
+    X = zeropower((size * G[None]).float(), iteration)[0].double()
     rotated = U.T @ X @ V
     values = rotated.diag()
     assert low < values.min() and values.max() < high

@@ -1,0 +1,370 @@
+"""The command line, recipes and tracks: what it takes, what it refuses, and what it makes of it."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train_gpt
+from train_gpt import parse_hyperparameters, reasons_not_a_record
+
+FIELDS = {field.name: field for field in dataclasses.fields(train_gpt.Hyperparameters)}
+SMALL = "--track sample --model_dim 16 --num_heads 2 --num_layers 2 --row_length 64".split()
+
+# Another value of each field, as text, that is fine next to SMALL.
+OTHER = dict(
+    track="sample", recipe="sample-baseline", seed="5", run_id="abc", data_path="elsewhere",
+    target="2.5", val_tokens="1024", token_budget="3000000", batch_size="512",
+    device_batch_size="256", val_batch_size="128", row_length="32", document_masking="false",
+    max_document_length="99", vocab_size="50300", num_layers="6", num_heads="4", model_dim="32",
+    mlp_ratio="2", activation="gelu", qk_norm="false", attention_scale="0.25",
+    attention_output_scale="0.5", rotary_base="500", rotary_fraction="1", norm_eps="1e-4",
+    norm_embed="false", tied_head="true", logit_softcap="30", value_embeddings="0",
+    skip_connections="false", embed_shortcut="false", zero_init_projections="false",
+    window_start="64", window_end="640", optimizer="adam", matrix_lr="0.01", embed_lr="0.02",
+    head_lr="0.03", scalar_lr="0.5", muon_momentum="0.9", muon_nesterov="false",
+    muon_iteration="newton-schulz", adam_beta1="0.7", adam_beta2="0.99", adam_eps="1e-7",
+    weight_decay="0.01", train_steps="9", warmup_frac="0.1", cooldown_frac="0.2",
+    final_lr_frac="0.3", dtype="bfloat16", residual_dtype="bfloat16", loss_chunk_size="32",
+    attention="sdpa", compile="true", kernel_warmup="false", val_loss_every="3", log_every="7",
+    log_dir="there", log_wandb="true", wandb_project="project", wandb_name="name",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Of a command line that has to be refused: the message, after the usage."""
+
+    def refuse(*argv) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            parse_hyperparameters([*SMALL, *map(str, argv)])
+        assert stop.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        return printed.err.split("error:", 1)[1]
+
+    return refuse
+
+
+def parse_value(name: str, text: str):
+    return text == "true" if FIELDS[name].type is bool else FIELDS[name].type(text)
+
+
+# -----------------------------------------------------------------------------
+# Options
+
+
+def test_every_field_is_tried_below():
+    assert list(OTHER) == list(FIELDS)
+
+
+@pytest.mark.parametrize("hyphens", [False, True])
+@pytest.mark.parametrize("equals", [False, True])
+def test_an_option_sets_its_field_in_every_spelling(hyphens, equals):
+    argv = []
+    for name, text in OTHER.items():
+        option = "--" + (name.replace("_", "-") if hyphens else name)
+        argv += [f"{option}={text}"] if equals else [option, text]
+    before, after = parse_hyperparameters(SMALL), parse_hyperparameters(argv)
+    for name, text in OTHER.items():
+        value = getattr(after, name)
+        assert value == parse_value(name, text) and type(value) is FIELDS[name].type
+        assert name == "track" or getattr(before, name) != value, "no other value: tests nothing"
+
+
+BOOLS = [name for name, field in FIELDS.items() if field.type is bool]
+
+
+@pytest.mark.parametrize("text", "true True yes 1 false FALSE no 0".split())
+def test_a_bool_is_a_word(text):
+    args = parse_hyperparameters([*SMALL, *(f"--{name}={text}" for name in BOOLS)])
+    value = text in ("true", "True", "yes", "1")
+    assert {name: getattr(args, name) for name in BOOLS} == dict.fromkeys(BOOLS, value)
+
+
+def test_a_bare_flag_is_true():
+    args = parse_hyperparameters([*(f"--{name}" for name in BOOLS), *SMALL])
+    assert {name: getattr(args, name) for name in BOOLS} == dict.fromkeys(BOOLS, True)
+    assert parse_hyperparameters([*SMALL, "--tied_head"]).tied_head is True
+
+
+@pytest.mark.parametrize("name", BOOLS)
+def test_a_bool_that_is_no_such_word_is_refused(name, refusal):
+    assert f"--{name}" in refusal(f"--{name}", "maybe")
+
+
+@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.type in (int, float)])
+def test_a_number_of_the_wrong_type_is_refused(name, refusal):
+    wrong = ["many", ""] + ([] if FIELDS[name].type is float else ["4.5", "1e3"])
+    for text in wrong:
+        message = refusal(f"--{name}={text}")
+        assert f"--{name}" in message and FIELDS[name].type.__name__ in message
+
+
+@pytest.mark.parametrize(
+    "typo, meant",
+    [
+        ("--train_step", "--train_steps"),
+        ("--train-step=5", "--train_steps"),
+        ("--trian_steps", "--train_steps"),
+        ("--Matrix_lr", "--matrix_lr"),
+        ("--batchsize", "--batch_size"),
+    ],
+)
+def test_a_misspelt_option_is_refused_with_the_likely_one(typo, meant, refusal):
+    message = refusal(typo, *([] if "=" in typo else ["5"]))
+    assert typo in message and "did you mean" in message
+    assert meant in message.split("did you mean")[1]
+
+
+def test_an_option_like_no_other_is_refused_too(refusal):
+    assert "--zzzz" in refusal("--zzzz")
+    assert "stray" in refusal("stray")
+    assert "--train_steps" in refusal("--train_steps")  # its value is missing
+
+
+@pytest.mark.parametrize("name", train_gpt.CHOICES)
+def test_a_choice_is_refused_outside_its_list_which_is_shown(name, refusal):
+    message = refusal(f"--{name}", "nonsense")
+    assert f"--{name}" in message and "nonsense" in message
+    for choice in train_gpt.CHOICES[name]:
+        assert choice in message
+
+
+def test_recipes_and_tracks_are_all_choices():
+    assert train_gpt.CHOICES["track"] == tuple(train_gpt.TRACKS)
+    assert train_gpt.CHOICES["recipe"] == tuple(train_gpt.RECIPES)
+    for recipe in train_gpt.RECIPES.values():
+        assert set(recipe) <= set(FIELDS)
+    for track in train_gpt.TRACKS.values():
+        assert set(track) <= set(FIELDS) and track["recipe"] in train_gpt.RECIPES
+
+
+def test_help_explains_every_field_with_its_comment(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as stop:
+        parse_hyperparameters(["-h"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    paragraphs = [" ".join(text.split()) for text in re.split(r"\n  (?=-)", shown)]
+    source = (ROOT / "train_gpt.py").read_text().split("class Hyperparameters:")[1]
+    for name in FIELDS:
+        line = re.search(rf"^    {name}: .*$", source, re.MULTILINE).group()
+        comment = line.split("  # ", 1)[1].strip()
+        assert comment, f"{name} is not explained"
+        assert [p for p in paragraphs if p.startswith(f"--{name}") and comment in p], name
+    assert "./run.sh" in shown and "torchrun" in shown  # how to start it, from the docstring
+
+
+# -----------------------------------------------------------------------------
+# Recipes and tracks
+
+
+def test_defaults_then_recipe_then_track_then_command_line(monkeypatch):
+    recipes, tracks = train_gpt.RECIPES, train_gpt.TRACKS
+    monkeypatch.setitem(recipes, "sample", recipes["sample"] | dict(target=1.0, log_every=3))
+    monkeypatch.setitem(tracks, "sample", tracks["sample"] | dict(target=2.0, val_loss_every=4))
+    args = parse_hyperparameters(["--track", "sample"])
+    assert args.seed == FIELDS["seed"].default  # neither recipe nor track
+    assert args.log_every == 3  # the recipe before the default
+    assert args.target == 2.0  # the track before the recipe
+    assert args.val_loss_every == 4
+    args = parse_hyperparameters(["--target", "3", "--track", "sample", "--log_every", "5"])
+    assert (args.target, args.log_every) == (3.0, 5)  # the command line before all
+
+
+def test_a_recipe_on_the_command_line_replaces_that_of_the_track():
+    args = parse_hyperparameters(["--track", "sample", "--recipe", "sample-baseline"])
+    assert (args.recipe, args.optimizer, args.target) == ("sample-baseline", "adam", 7.1)
+    assert parse_hyperparameters(["--track", "sample"]).optimizer == "muon"
+
+
+def test_the_default_track_depends_on_a_gpu(monkeypatch):
+    assert parse_hyperparameters([]) == parse_hyperparameters(["--track", "sample"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = parse_hyperparameters([])
+    assert (args.track, args.recipe) == ("single-gpu", "modern")
+    assert dataclasses.replace(args) == parse_hyperparameters(["--track", "single-gpu"])
+
+
+@pytest.mark.parametrize(
+    "track, target, val_tokens, budget, data_path",
+    [
+        ("single-gpu", 3.3821, 1_048_576, 5_000_000_000, "data/fineweb10B"),
+        ("gpt2-small", 3.28, 10_485_760, None, "data/fineweb10B"),
+        ("gpt2-medium", 2.92, 10_485_760, None, "data/fineweb10B"),
+    ],
+)
+def test_a_track_claims_its_target_on_its_tokens(track, target, val_tokens, budget, data_path):
+    args = parse_hyperparameters(["--track", track])
+    assert (args.track, args.target, args.val_tokens) == (track, target, val_tokens)
+    assert args.data_path == data_path
+    assert budget is None or args.token_budget == budget
+    assert args.vocab_size == 50_257
+    assert args.train_steps * args.batch_size <= args.token_budget
+    assert not reasons_not_a_record(args, 1)
+
+
+@pytest.mark.parametrize("recipe", train_gpt.RECIPES)
+def test_every_recipe_fits_a_track_as_it_is(recipe):
+    track = "sample" if recipe.startswith("sample") else "gpt2-medium"
+    args = parse_hyperparameters(["--track", track, "--recipe", recipe])
+    assert args.recipe == recipe
+    for name, value in train_gpt.RECIPES[recipe].items():
+        assert getattr(args, name) == value
+
+
+def test_the_budget_refuses_a_step_too_many_and_names_the_most(refusal):
+    single_gpu = ["--track", "single-gpu", "--recipe", "baseline"]
+    most = 5_000_000_000 // 524_288
+    assert parse_hyperparameters([*single_gpu, "--train_steps", str(most)]).train_steps == most
+    large = ["--row_length", 1024, "--num_layers", 12, "--num_heads", 12, "--model_dim", 768]
+    message = refusal(*large, *single_gpu, "--train_steps", most + 1)
+    assert "--train_steps" in message and f"{most:,}" in message and "5,000,000,000" in message
+
+
+def test_the_baseline_recipe_is_that_of_the_benchmark():
+    args = parse_hyperparameters(["--track", "single-gpu", "--recipe", "baseline"])
+    assert (args.num_layers, args.num_heads, args.head_dim, args.model_dim) == (12, 12, 64, 768)
+    assert (args.vocab_size, args.tied_head) == (50_257, True)
+    assert (args.rotary_base, args.rotary_fraction) == (10_000.0, 1.0)
+    assert (args.norm_eps, args.activation, args.mlp_ratio) == (1e-6, "gelu", 4)
+    assert args.attention_output_scale == pytest.approx(1 / 24**0.5, rel=1e-12)
+    assert args.attention_scale in (0.0, 0.125)  # 1/sqrt(64)
+    rates = {args.matrix_lr, args.embed_lr, args.head_lr, args.scalar_lr}
+    assert args.optimizer == "adam" and rates == {0.0018}
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.95, 0.1)
+    assert (args.train_steps, args.batch_size, args.row_length) == (4_768, 524_288, 1_024)
+    assert round(args.warmup_frac * args.train_steps) == 256
+    assert round(args.cooldown_frac * args.train_steps) == 1_024
+    assert args.final_lr_frac == 0.0
+    assert (args.dtype, args.residual_dtype) == ("bfloat16", "float32")
+    # None of the newer ideas
+    assert (args.document_masking, args.window_start, args.window_end) == (False, 0, 0)
+    assert not (args.qk_norm or args.norm_embed or args.logit_softcap or args.value_embeddings)
+    assert not (args.skip_connections or args.embed_shortcut or args.zero_init_projections)
+
+
+# -----------------------------------------------------------------------------
+# Sizes that do not fit
+
+WRONG_SIZES = [
+    ("--batch_size 100", ["--batch_size 100", "--row_length 64"]),
+    ("--device_batch_size 96", ["--device_batch_size 96", "--row_length 64"]),
+    ("--val_batch_size 65", ["--val_batch_size 65", "--row_length 64"]),
+    ("--val_tokens 1000", ["--val_tokens 1000", "--row_length 64"]),
+    ("--model_dim 18", ["--model_dim 18", "--num_heads 2"]),
+    ("--model_dim 12", ["--model_dim 12", "--num_heads 2"]),  # an odd number of rotary pairs
+    ("--num_heads 3", ["--num_heads 3"]),
+    ("--value_embeddings 2", ["--value_embeddings 2", "--num_layers"]),
+    ("--value_embeddings -1", ["--value_embeddings"]),
+    ("--warmup_frac 1.1", ["--warmup_frac", "1.1"]),
+    ("--cooldown_frac -0.1", ["--cooldown_frac", "-0.1"]),
+    ("--cooldown_frac nan", ["--cooldown_frac", "nan"]),
+    ("--final_lr_frac 2", ["--final_lr_frac", "2"]),
+    ("--rotary_fraction 1.5", ["--rotary_fraction", "1.5"]),
+    ("--window_start 512 --window_end 256", ["--window_start 512", "--window_end 256"]),
+    ("--window_start 0 --window_end 256", ["--window_start 0", "--window_end 256"]),
+    ("--window_start 256 --window_end 0", ["--window_start 256", "--window_end 0"]),
+    ("--window_start -300", ["--window_start"]),
+    *((f"--{name} {value}", [f"--{name}"])
+      for name in ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
+                   "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
+                   "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio")
+      for value in (0, -64)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, named", WRONG_SIZES, ids=[options for options, _ in WRONG_SIZES])
+def test_sizes_that_do_not_fit_are_refused_by_name(options, named, refusal):
+    message = refusal(*options.split())
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message
+
+
+def test_sizes_at_the_edge_are_taken():
+    for options in ("--warmup_frac 0 --cooldown_frac 1 --final_lr_frac 1 --rotary_fraction 0",
+                    "--window_start 0 --window_end 0", "--window_start 256 --window_end 256",
+                    "--value_embeddings 1", "--val_loss_every 0", "--max_document_length 9999",
+                    "--batch_size 64 --device_batch_size 64 --val_batch_size 64 --val_tokens 64"):
+        parse_hyperparameters([*SMALL, *options.split()])
+
+
+# -----------------------------------------------------------------------------
+# Records
+
+
+@pytest.mark.parametrize(
+    "option", ["data_path=elsewhere", "target=3.5", "val_tokens=16384", "token_budget=4999999999"]
+)
+def test_a_changed_claim_is_not_a_record(option):
+    name, value = option.split("=")
+    args = parse_hyperparameters(["--track", "single-gpu", f"--{option}"])
+    [reason] = reasons_not_a_record(args, 1)
+    assert name in reason and value in reason
+    assert str(train_gpt.TRACKS["single-gpu"][name]) in reason
+
+
+def test_all_reasons_are_named():
+    args = parse_hyperparameters(["--track", "single-gpu", "--data_path=x", "--target=4"])
+    reasons = "; ".join(reasons_not_a_record(args, 8))
+    assert "data_path" in reasons and "target" in reasons and "8 GPUs" in reasons
+
+
+def test_other_hyperparameters_may_change_in_a_record():
+    args = parse_hyperparameters(
+        "--track single-gpu --train_steps 99 --seed 3 --matrix_lr 1 --recipe baseline".split()
+    )
+    assert reasons_not_a_record(args, 1) == []
+
+
+def test_only_the_single_gpu_track_is_bound_to_one_gpu():
+    args = parse_hyperparameters(["--track", "single-gpu"])
+    assert reasons_not_a_record(args, 1) == []
+    [reason] = reasons_not_a_record(args, 2)
+    assert "2 GPUs" in reason
+    assert reasons_not_a_record(parse_hyperparameters(["--track", "gpt2-small"]), 8) == []
+
+
+# -----------------------------------------------------------------------------
+# Importing
+
+
+def test_importing_train_gpt_has_no_side_effects(tmp_path):
+    code = """
+import json, signal, sys, threading
+import numpy, torch
+before = signal.getsignal(signal.SIGTERM), torch.get_rng_state(), torch.get_default_dtype()
+import train_gpt
+after = signal.getsignal(signal.SIGTERM), torch.get_rng_state(), torch.get_default_dtype()
+print(json.dumps(dict(
+    cuda=torch.cuda.is_initialized(), dist=torch.distributed.is_initialized(),
+    same=before[0] == after[0] and torch.equal(before[1], after[1]) and before[2] == after[2],
+    threads=[t.name for t in threading.enumerate() if t is not threading.main_thread()],
+    heavy=[name for name in ("wandb", "matplotlib", "flash_attn") if name in sys.modules],
+)))
+"""
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path,
+                        "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=tmp_path, env=env,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    [line] = done.stdout.splitlines()
+    assert json.loads(line) == dict(cuda=False, dist=False, same=True, threads=[], heavy=[])
+    assert list(tmp_path.iterdir()) == []
