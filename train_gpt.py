@@ -148,7 +148,7 @@ BASELINE = dict(
 TINY = dict(
     batch_size=2_048, device_batch_size=2_048, val_batch_size=8_192, row_length=512,
     max_document_length=512, num_layers=4, num_heads=2, model_dim=96, train_steps=60,
-    val_loss_every=20, dtype="float32", residual_dtype="float32", loss_chunk_size=64,
+    val_loss_every=20, dtype="float32", residual_dtype="float32", loss_chunk_size=64, kernel_warmup=False,
     compile=False,
 )  # fmt: skip
 
@@ -1213,7 +1213,6 @@ def log_header(
     log(f"tokens per step: {args.batch_size:,} = {ranks.world_size} ranks x {accumulation} "
         f"micro-batches x {args.device_batch_size:,}")  # fmt: skip
     log(f"attention: {attention}")
-    log(f"warm-up: {'on random tokens, then undone' if args.kernel_warmup else 'none'}")
     for reason in reasons_not_a_record(args, ranks.world_size):
         log(f"not a record: {reason}")
     log("=" * 100)
@@ -1533,9 +1532,16 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
     log_header(log, args, model, ranks, attention_name, train_shards, val_shards)
     wandb = start_wandb(args, run_id) if args.log_wandb and ranks.rank == 0 else None
 
+    log(f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
+        f"{args.batch_size:,} tokens to val_loss {args.target}", console=True)  # fmt: skip
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
+        log("compiling and warming up on random tokens; the clock starts after it", console=True)
+        started = time.perf_counter()
         warm_up(model, compiled, optimizers, args, ranks)
+        log(f"warm-up: undone after {time.perf_counter() - started:.1f}s", console=True)
+    else:
+        log("warm-up: none")
     batches = prefetch(train_batches([shard.path for shard in train_shards], args, ranks))
     clock = Clock(ranks.device)
     progress = Progress(args, ranks, log, clock, wandb)
