@@ -148,8 +148,8 @@ BASELINE = dict(
 TINY = dict(
     batch_size=2_048, device_batch_size=2_048, val_batch_size=8_192, row_length=512,
     max_document_length=512, num_layers=4, num_heads=2, model_dim=96, train_steps=60,
-    val_loss_every=20, dtype="float32", residual_dtype="float32", loss_chunk_size=64, kernel_warmup=False,
-    compile=False,
+    val_loss_every=20, dtype="float32", residual_dtype="float32", loss_chunk_size=64,
+    compile=False, kernel_warmup=False,
 )  # fmt: skip
 
 # A recipe is a set of overrides of the defaults above, which are the recipe `modern`.

@@ -219,12 +219,12 @@ def test_ranks_share_a_step_out_whatever_their_number_and_micro_batch(
         assert all(batch.inputs_BT.numel() == device_batch_size for batch in step)
 
 
-def test_the_shards_are_used_in_the_order_given(two_shards):
-    args = data_args()
-    forwards, backwards = steps_of(two_shards, args), steps_of(two_shards[::-1], args)
-    first = len(steps_of(two_shards[:1], args))
-    assert forwards != backwards
-    assert forwards == backwards[-first:] + backwards[:-first]
+def test_the_shards_are_used_in_the_order_given(tmp_path):
+    paths = [write_shard(tmp_path / f"{n}.bin", random_documents(n, 60, 90)) for n in range(4)]
+    a, b, c, d = (steps_of([path], data_args()) for path in paths)
+    assert len({len(str(steps)) for steps in (a, b, c, d)}) == 4
+    assert steps_of(paths, data_args()) == a + b + c + d
+    assert steps_of([paths[i] for i in (2, 0, 3, 1)], data_args()) == c + a + d + b
 
 
 def test_a_shard_that_turns_bad_during_the_run_is_an_error(two_shards):

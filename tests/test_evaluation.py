@@ -97,17 +97,40 @@ def test_the_loss_covers_several_shards(stream):
     write_tokens(stream / "a_val_0.bin", tokens[:257])
     write_tokens(stream / "a_val_1.bin", tokens[256:])
     assert val_loss(ONE_RANK, args) == pytest.approx(expected, rel=1e-6)
+    args = stream_args(stream, val_tokens=512)  # only a part of the second
+    assert val_loss(ONE_RANK, args) == pytest.approx(naive_loss(args, tokens), rel=1e-6)
+
+
+class Counter:
+    """Stands for the compiled model, counts the rows it is given, and wants no gradients."""
+
+    def __init__(self, model):
+        self.model, self.rows = model, 0
+
+    def __call__(self, batch, windows):
+        assert not torch.is_grad_enabled()
+        self.rows += len(batch.inputs_BT)
+        return self.model(batch, windows)
 
 
 def val_losses(ranks, args_list):
-    return [val_loss(ranks, args) for args in args_list]
+    """(loss, rows that this rank computed) for each of several batch sizes."""
+    results = []
+    for args in args_list:
+        model, (_, shards) = Counter(build(args)), plan_data(args)
+        results.append((evaluate(model, shards, args, WINDOWS, ranks), model.rows))
+    return results
 
 
-def test_the_loss_does_not_depend_on_the_number_of_ranks(stream, tmp_path):
+def test_the_loss_does_not_depend_on_the_number_of_ranks_and_they_share_the_work(stream, tmp_path):
     args_list = [stream_args(stream, val_batch_size=64 * rows) for rows in (1, 3, 4, 10)]
-    expected = val_losses(ONE_RANK, args_list)
-    for losses in run_ranks(val_losses, 2, tmp_path / "ranks", args_list):
-        assert losses == pytest.approx(expected, rel=1e-6)
+    alone = val_losses(ONE_RANK, args_list)
+    assert [rows for _, rows in alone] == [10] * 4
+    results = run_ranks(val_losses, 2, tmp_path / "ranks", args_list)
+    for losses in results:
+        for (loss, _), (expected, _) in zip(losses, alone, strict=True):
+            assert loss == pytest.approx(expected, rel=1e-6)
+    assert [[rows for _, rows in losses] for losses in results] == [[5, 6, 6, 10], [5, 4, 4, 0]]
 
 
 def snapshot(model, optimizers):

@@ -150,6 +150,37 @@ def test_a_cpu_attends_through_sdpa(flash_modules, name, dtype):
     assert train_gpt.choose_attention(args, CPU) == ("sdpa", sdpa_attention)
 
 
+@pytest.mark.parametrize(
+    "capability, settings, expected",
+    [
+        ((9, 0), dict(), "flash"),
+        ((8, 0), dict(attention="varlen"), "varlen"),
+        ((8, 0), dict(attention="sdpa"), "sdpa"),
+        ((7, 5), dict(), "sdpa"),
+        ((9, 0), dict(dtype="float32"), "sdpa"),
+        ((9, 0), dict(document_masking=False), "sdpa"),  # nothing to pack
+        ((9, 0), dict(document_masking=False, window_start=128, window_end=128), "flash"),
+    ],
+)
+def test_a_gpu_gets_the_first_attention_that_works_on_it(
+    flash_modules, monkeypatch, capability, settings, expected
+):
+    flash_modules(fake_flash(), None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    args = tiny_args(**dict(attention="auto", dtype="bfloat16") | settings)
+    assert train_gpt.choose_attention(args, torch.device("cuda", 0))[0] == expected
+
+
+def test_a_gpu_without_flash_attention_gets_varlen(flash_modules, monkeypatch):
+    flash_modules(None, None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    args = tiny_args(attention="auto", dtype="bfloat16")
+    assert train_gpt.choose_attention(args, torch.device("cuda", 0))[0] == "varlen"
+    args = tiny_args(attention="flash", dtype="bfloat16")
+    with pytest.raises(RunError, match="FlashAttention installed.*auto, sdpa, varlen"):
+        train_gpt.choose_attention(args, torch.device("cuda", 0))
+
+
 @pytest.mark.parametrize("name", ["varlen", "flash"])
 def test_attention_that_does_not_run_here_is_refused_with_what_does(name):
     args = tiny_args(attention=name, dtype="bfloat16")
@@ -278,7 +309,7 @@ def test_the_chunked_loss_equals_cross_entropy_forward_and_backward(softcap, chu
 
 def test_the_chunked_loss_does_not_overflow():
     x, weight = torch.full((4, 2), 100.0), torch.tensor([[100.0, 100.0], [-100.0, 0.0]])
-    for softcap, expected in ((0.0, 4 * 30_000.0), (15.0, 4 * 30.0)):
+    for softcap, expected in ((0.0, 4 * 30_000.0), (15.0, 4 * 30.0), (90.0, 4 * 180.0)):
         loss = linear_cross_entropy(x, weight, torch.ones(4).int(), softcap, 3)
         assert loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -475,7 +506,7 @@ def test_rotation_angles_at_far_positions_equal_those_in_float64(base, fraction)
 
 
 # -----------------------------------------------------------------------------
-# The baseline, written once more
+# The recipes, written once more
 
 
 def test_the_baseline_has_gpt2_smalls_parameters():
@@ -486,51 +517,106 @@ def test_the_baseline_has_gpt2_smalls_parameters():
     assert len({p.data_ptr for p in model.parameters()}) == 1 + 12 * 4
 
 
-def reference_baseline(weights, inputs, targets, num_layers, num_heads):
+def rms(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def rotary(x, base, share):
+    """Rotate the first `share` of the frequencies of x (T, H, K), pairs being (i, i + K / 2)."""
+    T, _, K = x.shape
+    active = round(K / 2 * share)
+    frequency = torch.zeros(K // 2).double()
+    frequency[:active] = base ** (-torch.arange(active).double() / active)
+    turn = torch.polar(torch.ones(1).double(), -torch.arange(T)[:, None, None] * frequency)
+    y = torch.complex(x[..., : K // 2], x[..., K // 2 :]) * turn
+    return torch.cat([y.real, y.imag], -1)
+
+
+def attend(q, k, v, visible, scale):
+    scores = scale * torch.einsum("qhc,khc->hqk", q, k)
+    return torch.einsum("hqk,khc->qhc", scores.masked_fill(~visible, -1e9).softmax(-1), v)
+
+
+def summed_loss(logits, targets):
+    return -logits.log_softmax(-1)[torch.arange(len(targets)), targets.long()].sum()
+
+
+def reference_baseline(weights, batch, num_layers, heads):
     """Loss of a pre-norm transformer with rotary attention and a tied head, in float64."""
-
-    def rms(x):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-    def rotary(x):  # (T, H, K)
-        half = x.size(-1) // 2
-        angle = torch.outer(torch.arange(len(x)).double(),
-                            10_000.0 ** (-torch.arange(half).double() / half))[:, None]
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()], -1)
-
     total = 0.0
-    for row, row_targets in zip(inputs.long(), targets.long(), strict=True):
+    for row, targets in zip(batch.inputs_BT.long(), batch.targets_BT, strict=True):
         x = weights["embed.weight"][row]
         T, D = x.shape
-        future = torch.ones(T, T).triu(1).bool()
         for i in range(num_layers):
-            w_q, w_k, w_v = weights[f"blocks.{i}.attn.qkv"]
-            y = rms(x)
-            q, k, v = ((y @ w.T).view(T, num_heads, -1) for w in (w_q, w_k, w_v))
-            scores = torch.einsum("qhc,khc->hqk", rotary(q), rotary(k)) / (D // num_heads) ** 0.5
-            mixed = torch.einsum("hqk,khc->qhc", scores.masked_fill(future, -1e9).softmax(-1), v)
-            attended = mixed.reshape(T, D) @ weights[f"blocks.{i}.attn.projection"].T
-            x = x + attended / 24**0.5
-            h = rms(x) @ weights[f"blocks.{i}.mlp.up"].T
-            h = h * 0.5 * (1 + torch.erf(h / 2**0.5))
-            x = x + h @ weights[f"blocks.{i}.mlp.projection"].T
-        logits = rms(x) @ weights["embed.weight"].T
-        total -= logits.log_softmax(-1)[torch.arange(T), row_targets].sum()
+            w = {name: weights[f"blocks.{i}.{name}"] for name in
+                 ("attn.qkv", "attn.projection", "mlp.up", "mlp.projection")}  # fmt: skip
+            q, k, v = ((rms(x) @ matrix.T).view(T, heads, -1) for matrix in w["attn.qkv"])
+            q, k = rotary(q, 10_000.0, 1.0), rotary(k, 10_000.0, 1.0)
+            y = attend(q, k, v, torch.ones(T, T).tril().bool(), (D / heads) ** -0.5)
+            x = x + y.reshape(T, D) @ w["attn.projection"].T / 24**0.5
+            h = rms(x) @ w["mlp.up"].T
+            x = x + h * 0.5 * (1 + torch.erf(h / 2**0.5)) @ w["mlp.projection"].T
+        total = total + summed_loss(rms(x) @ weights["embed.weight"].T, targets)
     return total
+
+
+def reference_modern(weights, batch, num_layers, heads, tables, windows):
+    """Loss of the modern recipe with so many value-embedding tables, in float64."""
+    total, length = 0.0, batch.inputs_BT.size(1)
+    document = torch.searchsorted(batch.cu_seqlens, torch.arange(batch.inputs_BT.numel()),
+                                  right=True).view(-1, length)  # fmt: skip
+    for r, (row, targets) in enumerate(zip(batch.inputs_BT.long(), batch.targets_BT, strict=True)):
+        x = x0 = rms(weights["embed.weight"][row])
+        T, D = x.shape
+        outputs = []
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        for i in range(num_layers):
+            w = {name.removeprefix(f"blocks.{i}."): p for name, p in weights.items()}
+            mirror = num_layers - 1 - i
+            if i > mirror:  # the second half hears the first, the innermost layers first
+                x = x + weights["skip_lambdas"][mirror] * outputs[mirror]
+            x = w["residual_lambdas"][0] * x + w["residual_lambdas"][1] * x0
+            q, k, v = ((rms(x) @ matrix.T).view(T, heads, -1) for matrix in w["attn.qkv"])
+            q, k = (rotary(rms(z), 1_024.0, 0.5) for z in (q, k))
+            table = i if i < tables else i - (num_layers - tables) if mirror < tables else None
+            if table is not None:
+                extra = weights[f"value_embeds.{table}.weight"][row].view(T, heads, -1)
+                v = w["attn.value_lambdas"][0] * v + w["attn.value_lambdas"][1] * extra
+            window = windows[1] if i % 4 == 3 or mirror == 0 else windows[0]
+            visible = (distance >= 0) & (distance <= window)
+            visible &= document[r][:, None] == document[r]
+            y = attend(q, k, v, visible, 0.12)
+            x = x + y.reshape(T, D) @ w["attn.projection"].T
+            x = x + (rms(x) @ w["mlp.up"].T).clamp(min=0) ** 2 @ w["mlp.projection"].T
+            outputs.append(x)
+        logits = 15 * torch.tanh(rms(x) @ weights["head"].T / 15)
+        total = total + summed_loss(logits, targets)
+    return total
+
+
+def assert_same_loss_and_gradients(model, batch, windows, reference, *settings):
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    expected, loss = reference(weights, batch, *settings), model(batch, windows)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.double(), weights[name].grad, atol=1e-4, rtol=1e-4,
+                                   msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
 
 
 def test_the_baseline_equals_an_independent_implementation_forward_and_backward():
     args = baseline_args(row_length=64, vocab_size=256, num_layers=3, num_heads=4, model_dim=32,
                          dtype="float32")  # fmt: skip
-    torch.manual_seed(0)
-    model, batch = wake_up(GPT(args), scale=2), random_batch(args)
-    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    expected = reference_baseline(weights, batch.inputs_BT, batch.targets_BT, 3, 4)
-    windows = train_gpt.attention_windows(0, args)
-    loss = model(batch, windows)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    loss.backward()
-    expected.backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad.double(), weights[name].grad, atol=1e-4, rtol=1e-4)
+    model, windows = wake_up(GPT(args), scale=2), train_gpt.attention_windows(0, args)
+    assert_same_loss_and_gradients(model, random_batch(args), windows, reference_baseline, 3, 4)
+
+
+@pytest.mark.parametrize("layers, tables", [(4, 2), (5, 2), (8, 3)])
+def test_the_modern_recipe_equals_an_independent_implementation_forward_and_backward(
+    layers, tables
+):
+    args = tiny_args(num_layers=layers, value_embeddings=tables)
+    batch = random_batch(args, lengths=LENGTHS)
+    assert_same_loss_and_gradients(build(args), batch, (5, 11), reference_modern, layers, 2,
+                                   tables, (5, 11))  # fmt: skip

@@ -31,7 +31,9 @@ TINY = (
     "--window_start 128 --window_end 128"
 ).split()
 SAMPLE = ROOT / "data" / "sample"
-STEP_LINE = re.compile(r"step:\d+/\d+ (val_loss:\d+\.\d{5} )?train_time:\d+ms step_avg:\d+\.\d{2}ms")
+STEP_LINE = re.compile(
+    r"step:\d+/\d+ (val_loss:\d+\.\d{5} )?train_time:\d+ms step_avg:\d+\.\d{2}ms"
+)
 BLOWS_UP = ["--head_lr", "1e38"]  # the loss of step 2 is no number
 
 
@@ -57,7 +59,7 @@ class Run(NamedTuple):
 def run_main(folder: Path, *options, tty: bool = False, plot: bool = False, **replaced) -> Run:
     """train_gpt.main() here, on the CPU, with the TINY options, logging to folder / "logs".
 
-    `replaced` are names of train_gpt to replace meanwhile.
+    `replaced` are names of train_gpt to replace meanwhile. Warms up only if `options` say so.
     """
     seen = SimpleNamespace(train=[], val=[], model=None)
 
@@ -73,7 +75,8 @@ def run_main(folder: Path, *options, tty: bool = False, plot: bool = False, **re
     plot_losses, gpt = train_gpt.plot_losses, replaced.pop("GPT", train_gpt.GPT)
     logs, out, err = folder / "logs", io.StringIO(), io.StringIO()
     out.isatty = lambda: tty
-    argv = ["train_gpt.py", *TINY, "--log_dir", str(logs), *map(str, options)]
+    argv = ["train_gpt.py", *TINY, "--kernel_warmup=false", f"--log_dir={logs}"]
+    argv += map(str, options)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(1)
     try:
@@ -161,8 +164,9 @@ def test_the_log_has_every_hyperparameter_with_its_final_value(tiny):
     logged = dict(re.findall(r"^hyperparameter (\w+): (.*)$", tiny.log, re.MULTILINE))
     folder = tiny.path.parent
     args = train_gpt.parse_hyperparameters(
-        [*TINY, "--run_id=my.run", "--train_steps=5", "--log_every=2", f"--log_dir={folder}"]
-    )
+        [*TINY, "--run_id=my.run", "--train_steps=5", "--log_every=2", f"--log_dir={folder}",
+         "--kernel_warmup=false"]
+    )  # fmt: skip
     assert logged == {name: str(value) for name, value in vars(args).items()}
     assert logged["recipe"] == "sample" and logged["embed_lr"] == "0.5"  # not the default
 
@@ -285,7 +289,8 @@ def test_a_terminal_shows_a_bar_and_whole_validation_lines(tmp_path):
 
 
 def test_a_run_on_the_claim_of_its_track_says_nothing_against_a_record(tmp_path):
-    run = run_main(tmp_path, "--val_tokens=16384", "--train_steps=1", "--val_loss_every=0")
+    run = run_main(tmp_path, "--val_tokens=16384", "--train_steps=1", "--val_loss_every=0",
+                   "--val_batch_size=4096", "--loss_chunk_size=1024")  # fmt: skip
     assert run.status == 0
     assert "not a record:" not in run.log.split("=" * 100 + "\n", 1)[1]
     assert "not a record:" not in run.out
@@ -323,14 +328,18 @@ def test_the_verdict_names_the_first_validation_that_reached_the_target(tmp_path
 # The same training, whatever changes memory and speed only
 
 
+# From zeros, Adam makes large updates of gradients that are mostly rounding error.
+AWAKE = "--zero_init_projections=false"
+
+
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory) -> Run:
-    return run_main(tmp_path_factory.mktemp("usual"))
+    return run_main(tmp_path_factory.mktemp("usual"), AWAKE)
 
 
 def test_the_same_command_gives_the_same_bits(usual, tmp_path):
     torch.manual_seed(99)  # what happened before in the process plays no part
-    again = run_main(tmp_path)
+    again = run_main(tmp_path, AWAKE)
     assert again.train_losses == usual.train_losses
     assert again.val_losses == usual.val_losses
     assert val_texts(again.log) == val_texts(usual.log) != []
@@ -340,22 +349,22 @@ def test_the_same_command_gives_the_same_bits(usual, tmp_path):
 
 
 def test_another_seed_gives_another_run_on_the_same_data(usual, tmp_path):
-    other = run_main(tmp_path, "--seed=1")
+    other = run_main(tmp_path, AWAKE, "--seed=1")
     assert other.val_losses[-1][1] != usual.val_losses[-1][1]
-    assert other.val_losses[-1][1] == pytest.approx(usual.val_losses[-1][1], abs=0.1)
+    assert other.val_losses[-1][1] == pytest.approx(usual.val_losses[-1][1], abs=0.5)
     assert not torch.equal(other.model.embed.weight, usual.model.embed.weight)
 
 
 def test_warming_up_changes_no_bit(usual, tmp_path):
-    cold = run_main(tmp_path, "--kernel_warmup=false")
-    assert (cold.train_losses, cold.val_losses) == (usual.train_losses, usual.val_losses)
+    warm = run_main(tmp_path, AWAKE, "--kernel_warmup=true")
+    assert (warm.train_losses, warm.val_losses) == (usual.train_losses, usual.val_losses)
     weights = usual.model.state_dict()
-    for name, value in cold.model.state_dict().items():
+    for name, value in warm.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
 
 
 def test_validating_more_often_changes_no_training(usual, tmp_path):
-    often = run_main(tmp_path, "--val_loss_every=1")
+    often = run_main(tmp_path, AWAKE, "--val_loss_every=1")
     assert often.train_losses == usual.train_losses
     assert [often.val_losses[step] for step in (0, 2, 4)] == usual.val_losses
 
@@ -366,14 +375,14 @@ def test_validating_more_often_changes_no_training(usual, tmp_path):
      "loss_chunk_size=50"],
 )  # fmt: skip
 def test_options_of_memory_leave_the_losses_alone(option, usual, tmp_path):
-    run = run_main(tmp_path, f"--{option}")
+    run = run_main(tmp_path, AWAKE, f"--{option}")
     assert run.train_losses == pytest.approx(usual.train_losses, abs=1e-5)
     for (step, loss), (same_step, same_loss) in zip(run.val_losses, usual.val_losses, strict=True):
         assert step == same_step and loss == pytest.approx(same_loss, abs=1e-5)
 
 
 def test_two_ranks_train_as_one_and_write_one_log(usual, tmp_path):
-    done = run_train(*TINY, cwd=tmp_path, nproc=2)
+    done = run_train(*TINY, AWAKE, cwd=tmp_path, nproc=2)
     assert done.returncode == 0, done.stderr
     [log] = (tmp_path / "logs").glob("*.txt")
     assert len(list((tmp_path / "logs").glob("*.png"))) == 1
@@ -401,7 +410,7 @@ def test_a_micro_batch_that_does_not_fit_names_those_that_do(tmp_path):
     check_failed(run, "--device_batch_size 512", "768 tokens")
     named = json.loads(re.search(r"\[.*\]", run.err)[0])
     assert named == [64, 128, 192, 256, 384, 768]
-    fits = run_main(tmp_path, "--batch_size=768", f"--device_batch_size={named[3]}")
+    fits = run_main(tmp_path, "--batch_size=768", "--device_batch_size=256", "--train_steps=1")
     assert fits.status == 0
     for size in named:
         args = train_gpt.parse_hyperparameters(
@@ -434,6 +443,7 @@ def test_the_clock_counts_steps_and_neither_validation_nor_warm_up(tmp_path):
 
     run = run_main(
         tmp_path,
+        "--kernel_warmup=true",
         time=SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime),
         train_step=taking(1, train_gpt.train_step),
         evaluate=taking(100, train_gpt.evaluate),
@@ -551,7 +561,7 @@ def test_a_shard_that_breaks_during_the_run_stops_it_with_a_message(tmp_path):
 
     train_gpt_plan = train_gpt.plan_data
     run = run_main(
-        tmp_path, f"--data_path={folder}", f"--train_steps={2 * per_shard}", "--val_loss_every=1",
+        tmp_path, f"--data_path={folder}", f"--train_steps={per_shard + 1}", "--val_loss_every=1",
         plan_data=plan_then_break,
     )  # fmt: skip
     check_failed(run, "a_train_000002.bin")
@@ -636,7 +646,7 @@ def test_lines_are_on_disk_as_soon_as_they_are_logged(tmp_path):
 def test_a_run_goes_on_without_its_log_and_tells_so_at_the_end(usual, tmp_path):
     size = usual.path.stat().st_size
     with largest_file(size - 500):  # room for the header and not for all steps
-        run = run_main(tmp_path)
+        run = run_main(tmp_path, AWAKE)
     assert run.status == 1
     assert "error:" in run.err and "lacks its last" in run.err and "Traceback" not in run.err
     assert run.val_losses == usual.val_losses  # trained to the end
@@ -728,7 +738,7 @@ def stopped(tmp_path_factory) -> dict[int, tuple[subprocess.CompletedProcess, st
             cwd=folder, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             # A shell that starts the tests in the background makes them ignore Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         runs[number] = process, log
     try:

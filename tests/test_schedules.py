@@ -36,12 +36,11 @@ def test_the_baseline_rises_256_steps_and_falls_1024(step, expected):
     assert lr_multiplier(step, baseline_args()) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_shorter_baseline_keeps_the_shares_of_its_phases():
-    args = baseline_args(train_steps=380)
-    rise, fall = round(380 * 256 / 4768), round(380 * 1024 / 4768)
-    assert (rise, fall) == (20, 82)
-    for step in range(380):
-        expected = min((step + 1) / rise, 1.0, (380 - step) / fall)
+@pytest.mark.parametrize("steps, rise, fall", [(380, 20, 82), (391, 21, 84), (2384, 128, 512)])
+def test_a_shorter_baseline_keeps_the_shares_of_its_phases(steps, rise, fall):
+    args = baseline_args(train_steps=steps)
+    for step in range(steps):
+        expected = min((step + 1) / rise, 1.0, (steps - step) / fall)
         assert lr_multiplier(step, args) == pytest.approx(expected)
 
 
