@@ -259,6 +259,9 @@ def find_problem(args: Hyperparameters) -> str | None:
     for name in positive:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
+    for name in ("value_embeddings", "val_loss_every", "window_start", "logit_softcap"):
+        if getattr(args, name) < 0:
+            return f"--{name} must not be negative, got {getattr(args, name)}"
     for name in ("batch_size", "device_batch_size", "val_batch_size", "val_tokens"):
         if getattr(args, name) % args.row_length:
             return (f"--{name} {getattr(args, name)} must be a multiple of --row_length "
@@ -484,8 +487,10 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
                        f"shard, or lower --val_tokens (not a record)")  # fmt: skip
     steps = sum(shard.num_rows // args.rows_per_step for shard in train)
     if steps < args.train_steps:
-        needed = "more shards than fit" if not steps else math.ceil(
-            args.train_steps * len(train) / steps)  # fmt: skip
+        if steps == 0:
+            raise RunError(f"a step of {args.batch_size:,} tokens fits in none of the {len(train)} "
+                           f"training shards in {folder}; lower --batch_size")  # fmt: skip
+        needed = math.ceil(args.train_steps * len(train) / steps)
         raise RunError(f"{args.train_steps:,} steps of {args.batch_size:,} tokens need {needed} "
                        f"training shards, but the {len(train)} in {folder} hold {steps:,} steps "
                        f"(a step never crosses a shard); download more: {fetch} {needed}, "
@@ -723,8 +728,9 @@ class Block(nn.Module):
         if self.residual_lambdas is not None:
             x = self.residual_lambdas[0] * x + self.residual_lambdas[1] * x0_BTD
         y = norm(x, self.eps).to(self.dtype)
-        x = x + self.attn_scale * self.attn(y, rotary, batch, window, value_embedding_BTD)
-        return x + self.mlp(norm(x, self.eps).to(self.dtype))
+        y = self.attn(y, rotary, batch, window, value_embedding_BTD)
+        x = x + self.attn_scale * y.type_as(x)
+        return x + self.mlp(norm(x, self.eps).to(self.dtype)).type_as(x)
 
 
 class GPT(nn.Module):
@@ -746,7 +752,8 @@ class GPT(nn.Module):
         self.value_table = {i: i for i in range(n)} | {L - n + i: i for i in range(n)}
         self.blocks = nn.ModuleList(Block(args, attention, i in self.value_table) for i in range(L))
         self.rotary = Rotary(args)
-        self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if args.skip_connections else None
+        has_skips = args.skip_connections and L > 1
+        self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if has_skips else None
         head_shape = args.vocab_size, args.model_dim
         self.head = None if args.tied_head else nn.Parameter(torch.empty(head_shape))
         self.reset_parameters()
@@ -785,7 +792,8 @@ class GPT(nn.Module):
         if args.norm_embed:
             x = norm(x, args.norm_eps)
         x0, skips = x, []
-        value_tables = [table(inputs_BT).type_as(x) for table in self.value_embeds]
+        value_tables = [table(inputs_BT).to(getattr(torch, args.dtype))
+                        for table in self.value_embeds]  # fmt: skip
         for i, block in enumerate(self.blocks):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
