@@ -1,0 +1,76 @@
+"""What only a GPU can show: its kernels against their plain twins. Skipped without one."""
+
+import pytest
+import torch
+from conftest import tiny_args
+
+import train_gpt
+from train_gpt import MicroBatch, Ranks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def packed_batch(rows: int = 2, length: int = 1024) -> MicroBatch:
+    inputs, targets = torch.randint(256, (2, rows, length)).int().cuda()
+    starts = torch.tensor([0, 100, 101, 612, length, length + 3, rows * length]).int().cuda()
+    return MicroBatch(inputs, targets, starts, length, whole_rows=False)
+
+
+def outputs_and_gradients(attention, batch, window):
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (*batch.inputs_BT.shape, 3, 64)
+    q, k, v, grad = (
+        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for _ in range(4)
+    )
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    y = attention(q, k, v, batch, window, 0.12)
+    return [y, *torch.autograd.grad(y, leaves, grad)]
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("window", [0, 64, 300])
+@pytest.mark.parametrize("name", ["varlen", "flash"])
+def test_fast_attention_equals_its_plain_twin_forward_and_backward(name, window):
+    attention = train_gpt.varlen_attention
+    if name == "flash" and (attention := train_gpt.load_flash_attention()) is None:
+        pytest.skip("FlashAttention is not installed")
+    batch = packed_batch()
+    found = outputs_and_gradients(attention, batch, window)
+    expected = outputs_and_gradients(train_gpt.sdpa_attention, batch, window)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 1e-2
+
+
+def train_some_steps(compile: bool, steps: int = 6) -> list[float]:
+    args = tiny_args(
+        vocab_size=1000, row_length=128, max_document_length=64, batch_size=1024,
+        device_batch_size=512, val_batch_size=512, window_start=128, window_end=256,
+        train_steps=steps, dtype="bfloat16", attention="varlen", compile=compile,
+    )  # fmt: skip
+    ranks = Ranks(0, 1, torch.device("cuda", 0))
+    torch.manual_seed(0)
+    model = train_gpt.GPT(args, train_gpt.varlen_attention).to(ranks.device)
+    optimizers = train_gpt.build_optimizers(model, args)
+    compiled = torch.compile(model, fullgraph=True) if compile else model
+    train_gpt.warm_up(model, compiled, optimizers, args, ranks)
+    batches = [train_gpt.random_micro_batch(args, args.device_batch_size, True)] * 2
+    clock = train_gpt.Clock(ranks.device)
+    clock.start()
+    losses = [
+        train_gpt.train_step(compiled, optimizers, batches, step, args, ranks).item()
+        for step in range(steps)
+    ]
+    clock.stop()
+    assert clock.recompilations == 0
+    assert clock.seconds > 0
+    return losses
+
+
+def test_compiled_training_equals_eager_training_and_compiles_nothing_after_the_warm_up():
+    compiled, eager = train_some_steps(True), train_some_steps(False)
+    assert compiled == pytest.approx(eager, abs=0.02)
+    assert compiled[-1] < compiled[0] - 0.5
