@@ -79,7 +79,7 @@ value_of() { # value_of NAME OPTIONS...: the value of --NAME, if it is among the
         shift
     done
 }
-track=$(value_of track "$@")
+track=$(value_of track "$@" | tail -n 1)
 if [ -z "$track" ]; then [ "$gpus" -gt 0 ] && track=single-gpu || track=sample; fi
 if [ "$command" = baseline ]; then
     [ "$track" = sample ] && set -- --recipe sample-baseline "$@" || set -- --recipe baseline "$@"

@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -147,8 +147,8 @@ BASELINE = dict(
 # Small enough for two cores of a CPU and some minutes.
 TINY = dict(
     batch_size=2_048, device_batch_size=2_048, val_batch_size=8_192, row_length=512,
-    max_document_length=512, num_layers=4, num_heads=2, model_dim=96, train_steps=60,
-    val_loss_every=20, dtype="float32", residual_dtype="float32", loss_chunk_size=64,
+    max_document_length=512, num_layers=4, num_heads=2, model_dim=96, train_steps=45,
+    val_loss_every=15, dtype="float32", residual_dtype="float32", loss_chunk_size=64,
     compile=False, kernel_warmup=False,
 )  # fmt: skip
 
@@ -171,7 +171,7 @@ TRACKS: dict[str, dict] = {
                        val_tokens=10_485_760, token_budget=10_000_000_000),
     "gpt2-medium": dict(recipe="modern-medium", data_path="data/fineweb10B", target=2.92,
                         val_tokens=10_485_760, token_budget=10_000_000_000),
-    "sample": dict(recipe="sample", data_path="data/sample", target=7.1,
+    "sample": dict(recipe="sample", data_path="data/sample", target=7.2,
                    val_tokens=16_384, token_budget=2_000_000),
 }  # fmt: skip
 
@@ -272,6 +272,11 @@ def find_problem(args: Hyperparameters) -> str | None:
     if 2 * args.value_embeddings > args.num_layers:
         return (f"--value_embeddings {args.value_embeddings} tables serve two layers each, "
                 f"but --num_layers is {args.num_layers}")  # fmt: skip
+    for name, value in dataclasses.asdict(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"--{name} must be a number, got {value}"
+    if not 0 <= args.seed < 2**63:
+        return f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
     for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction"):
         if not 0 <= getattr(args, name) <= 1:
             return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
@@ -1138,9 +1143,9 @@ class Log:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("x").close()
-        except FileExistsError:
-            raise RunError(f"{path} exists already; choose another --run_id") from None
         except OSError as error:
+            if path.is_file():
+                raise RunError(f"{path} exists already; choose another --run_id") from None
             raise RunError(f"cannot write the log {path}: {error.strerror}; free some space, or "
                            f"choose another --log_dir") from None  # fmt: skip
         self.path = path
@@ -1150,14 +1155,16 @@ class Log:
             return
         first_failure = not self.pending
         self.pending.append(text + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = None
         try:
             with open(self.path, "a", encoding="utf-8") as file:
+                size = file.tell()
                 file.write("".join(self.pending))
             self.pending.clear()
         except OSError as error:
-            if self.path.exists():
-                os.truncate(self.path, size)  # no half lines
+            with suppress(OSError):
+                if size is not None:
+                    os.truncate(self.path, size)  # no half lines
             if first_failure:
                 self.print(f"cannot write {self.path}: {error.strerror}; the run goes on, and its "
                            f"lines stand here until there is room")  # fmt: skip
@@ -1295,12 +1302,11 @@ class Progress:
         last = "none" if not self.val_losses else "step {} val_loss {:.5f}".format(
             *self.val_losses[-1])  # fmt: skip
         factor = lr_multiplier(max(0, step - 1), self.args)
-        raise CollectiveError(
-            f"{name} is {loss} at step {step}, with learning rates (matrix "
-            f"{factor * self.args.matrix_lr:.3g}, embed {factor * self.args.embed_lr:.3g}); last "
-            f"good validation: {last}; lower the learning rates, or try --dtype float32 to see "
-            f"whether it is a matter of precision"
-        )
+        rates = ", ".join(f"{kind} {factor * getattr(self.args, f'{kind}_lr'):.3g}"
+                          for kind in ("matrix", "embed", "head", "scalar"))  # fmt: skip
+        raise CollectiveError(f"{name} is {loss} at step {step}, with learning rates {rates}; last "
+                              f"good validation: {last}; lower the learning rates, or try --dtype "
+                              f"float32 to see whether it is a matter of precision")  # fmt: skip
 
     def summarize(self, peak_memory: str) -> None:
         """The last lines of the log, the verdict at the end, and the plot beside it."""
@@ -1343,7 +1349,7 @@ def plot_losses(path: Path, train_losses: list, val_losses: list, args: Hyperpar
     axes.axhline(args.target, color="tab:red", ls="--", lw=1, label=f"target {args.target}")
     axes.set(xlabel=f"step of {args.batch_size:,} tokens", ylabel="loss, nats per token",
              title=f"{path.stem}: val_loss {val_losses[-1][1]:.4f}")  # fmt: skip
-    shown = [loss for _, loss in val_losses[1:]] + [args.target]
+    shown = [loss for _, loss in val_losses[1:] or val_losses] + [args.target]
     axes.set_ylim(min(shown) - 0.1, max(shown) + 1.0)
     axes.legend()
     axes.grid(alpha=0.3)
@@ -1357,7 +1363,7 @@ def start_wandb(args: Hyperparameters, run_id: str):
         import wandb
     except ImportError:
         raise RunError("--log_wandb needs the wandb package: pip install wandb") from None
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     return wandb.init(project=args.wandb_project, name=args.wandb_name or run_id, mode=mode,
                       config=dataclasses.asdict(args))  # fmt: skip
 
@@ -1521,9 +1527,10 @@ def memory_advice(args: Hyperparameters, knob: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         rows = getattr(args, knob) // args.row_length
         smaller = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
-        advice = f"--{knob} {smaller * args.row_length}" if smaller else "--loss_chunk_size 1024"
-        raise RunError(f"out of GPU memory with --{knob} {getattr(args, knob)}; try {advice} "
-                       f"(the training stays the same)") from None  # fmt: skip
+        advice = (f"try --{knob} {smaller * args.row_length}; the training stays the same"
+                  if smaller else "this is one row: try a smaller --loss_chunk_size, or a smaller "
+                  "model")  # fmt: skip
+        raise RunError(f"out of GPU memory with --{knob} {getattr(args, knob)}; {advice}") from None
 
 
 def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:

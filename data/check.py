@@ -77,12 +77,14 @@ def advise(args: Hyperparameters, free: float) -> str:
     """
     if estimate_memory(args) < 0.95 * free:
         return ""
-    rows = args.rows_per_step // int(os.environ.get("NPROC", 1))
+    ranks = int(os.environ.get("NPROC", 1)) * int(os.environ.get("NNODES", 1))
+    rows = args.rows_per_step // ranks
     for n in range(args.device_batch_size // args.row_length, 0, -1):
         size = n * args.row_length
-        smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=size)
+        val_size = min(size, args.val_batch_size)
+        smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=val_size)
         if rows % n == 0 and estimate_memory(smaller) < 0.9 * free:
-            return f"--device_batch_size {size} --val_batch_size {size}"
+            return f"--device_batch_size {size} --val_batch_size {val_size}"
     raise RunError(f"about {estimate_memory(smaller):.0f} GiB of GPU memory are needed at least, "
                    f"but {free:.0f} GiB are free")  # fmt: skip
 

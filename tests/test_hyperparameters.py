@@ -32,7 +32,7 @@ OTHER = dict(
     muon_iteration="newton-schulz", adam_beta1="0.7", adam_beta2="0.99", adam_eps="1e-7",
     weight_decay="0.01", train_steps="9", warmup_frac="0.1", cooldown_frac="0.2",
     final_lr_frac="0.3", dtype="bfloat16", residual_dtype="bfloat16", loss_chunk_size="32",
-    attention="sdpa", compile="true", kernel_warmup="false", val_loss_every="3", log_every="7",
+    attention="sdpa", compile="true", kernel_warmup="true", val_loss_every="3", log_every="7",
     log_dir="there", log_wandb="true", wandb_project="project", wandb_name="name",
 )  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_defaults_then_recipe_then_track_then_command_line(monkeypatch):
 
 def test_a_recipe_on_the_command_line_replaces_that_of_the_track():
     args = parse_hyperparameters(["--track", "sample", "--recipe", "sample-baseline"])
-    assert (args.recipe, args.optimizer, args.target) == ("sample-baseline", "adam", 7.1)
+    assert (args.recipe, args.optimizer, args.target) == ("sample-baseline", "adam", 7.2)
     assert parse_hyperparameters(["--track", "sample"]).optimizer == "muon"
 
 
