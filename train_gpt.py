@@ -142,7 +142,7 @@ BASELINE = dict(
     adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.1, train_steps=4_768,
     warmup_frac=256 / 4_768, cooldown_frac=1_024 / 4_768, final_lr_frac=0.0,
     residual_dtype="float32",
-)  # fmt: skip
+)
 
 # Small enough for two cores of a CPU and some minutes.
 TINY = dict(
@@ -150,7 +150,7 @@ TINY = dict(
     max_document_length=512, num_layers=4, num_heads=2, model_dim=96, train_steps=45,
     val_loss_every=15, dtype="float32", residual_dtype="float32", loss_chunk_size=64,
     compile=False, kernel_warmup=False,
-)  # fmt: skip
+)
 
 # A recipe is a set of overrides of the defaults above, which are the recipe `modern`.
 RECIPES: dict[str, dict] = {
@@ -161,7 +161,7 @@ RECIPES: dict[str, dict] = {
     "sample": TINY | dict(value_embeddings=1, window_start=128, window_end=512, embed_lr=0.5,
                           head_lr=0.02),
     "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
-}  # fmt: skip
+}
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
 TRACKS: dict[str, dict] = {
@@ -173,7 +173,7 @@ TRACKS: dict[str, dict] = {
                         val_tokens=10_485_760, token_budget=10_000_000_000),
     "sample": dict(recipe="sample", data_path="data/sample", target=7.2,
                    val_tokens=16_384, token_budget=2_000_000),
-}  # fmt: skip
+}
 
 CHOICES = {
     "track": tuple(TRACKS),
@@ -223,7 +223,7 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
         prog="train_gpt.py", usage="%(prog)s [--option value ...], or -h for the list of options",
         allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     for field in dataclasses.fields(Hyperparameters):
         flags = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
         help_text = f"{notes.get(field.name, '')} (default: {field.default})".replace("%", "%%")
@@ -255,7 +255,7 @@ def find_problem(args: Hyperparameters) -> str | None:
     """What is wrong with the sizes in `args`, for a person, or None. Knows nothing of ranks."""
     positive = ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
                 "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
-                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio")  # fmt: skip
+                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio")
     for name in positive:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
@@ -265,13 +265,13 @@ def find_problem(args: Hyperparameters) -> str | None:
     for name in ("batch_size", "device_batch_size", "val_batch_size", "val_tokens"):
         if getattr(args, name) % args.row_length:
             return (f"--{name} {getattr(args, name)} must be a multiple of --row_length "
-                    f"{args.row_length}")  # fmt: skip
+                    f"{args.row_length}")
     if args.model_dim % args.num_heads or args.head_dim % 4:
         return (f"--model_dim {args.model_dim} must be --num_heads {args.num_heads} times a "
-                f"multiple of 4")  # fmt: skip
+                f"multiple of 4")
     if 2 * args.value_embeddings > args.num_layers:
         return (f"--value_embeddings {args.value_embeddings} tables serve two layers each, "
-                f"but --num_layers is {args.num_layers}")  # fmt: skip
+                f"but --num_layers is {args.num_layers}")
     for name, value in dataclasses.asdict(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             return f"--{name} must be a number, got {value}"
@@ -282,12 +282,12 @@ def find_problem(args: Hyperparameters) -> str | None:
             return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
     if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
         return (f"--window_start {args.window_start} and --window_end {args.window_end} must both "
-                f"be 0 (no windows), or rise")  # fmt: skip
+                f"be 0 (no windows), or rise")
     if args.train_steps * args.batch_size > args.token_budget:
         return (f"{args.train_steps:,} steps x {args.batch_size:,} tokens are "
                 f"{args.train_steps * args.batch_size:,} training tokens, over the budget of "
                 f"{args.token_budget:,}; lower --train_steps to "
-                f"{args.token_budget // args.batch_size:,}")  # fmt: skip
+                f"{args.token_budget // args.batch_size:,}")
     return None
 
 
@@ -325,7 +325,7 @@ def check_shard(path: Path) -> int:
     expected, size = 4 * SHARD_HEADER_INTS + 2 * int(header[2]), Path(path).stat().st_size
     if size != expected:
         raise RunError(f"{path} has {size:,} bytes, but its header promises {expected:,}: "
-                         f"it is truncated or damaged; fetch it again")  # fmt: skip
+                         f"it is truncated or damaged; fetch it again")
     if header[2] < 2:
         raise RunError(f"{path} is empty")
     return int(header[2])
@@ -366,7 +366,7 @@ class TokenRows:
         self.tokens = np.fromfile(path, dtype="<u2", offset=4 * SHARD_HEADER_INTS)
         if (largest := int(self.tokens.max())) >= args.vocab_size:
             raise RunError(f"{path} holds token {largest}, outside the vocabulary of "
-                             f"{args.vocab_size:,}")  # fmt: skip
+                             f"{args.vocab_size:,}")
         self.row_length = args.row_length
         self.max_length, self.whole_rows = args.row_length, not args.document_masking
         row_starts = np.arange(0, len(self.tokens) - args.row_length, args.row_length)
@@ -377,7 +377,7 @@ class TokenRows:
         documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
         if not len(documents):
             raise RunError(f"{path} holds no document start (token {DOCUMENT_START}); with such "
-                             f"data use --document_masking false")  # fmt: skip
+                             f"data use --document_masking false")
         if training:
             self.max_length = min(args.max_document_length, args.row_length)
             self._pack(documents)
@@ -418,7 +418,7 @@ class TokenRows:
         inputs, targets, cu_seqlens = (t.pin_memory() if pin else t for t in tensors)
         shape = (num_rows, self.row_length)
         return MicroBatch(inputs.view(shape), targets.view(shape), cu_seqlens, self.max_length,
-                          self.whole_rows)  # fmt: skip
+                          self.whole_rows)
 
 
 class ShardInfo(NamedTuple):
@@ -433,7 +433,7 @@ def inspect_shard(path: Path, args: Hyperparameters, training: bool) -> ShardInf
     num_rows = TokenRows(path, args, training).num_rows
     with open(path, "rb") as file:
         return ShardInfo(path, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(),
-                         num_rows)  # fmt: skip
+                         num_rows)
 
 
 def data_folder(args: Hyperparameters) -> Path:
@@ -481,7 +481,7 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
         if not paths:
             raise RunError(f"no {kind} shards (*_{kind}_*.bin) in {folder}\n"
                            f"download FineWeb: {fetch} {estimate_shards(args)}\n"
-                           f"or name a folder that has shards: --data_path FOLDER")  # fmt: skip
+                           f"or name a folder that has shards: --data_path FOLDER")
     val = inspect_enough(val_paths, args, training=False)
     train = inspect_enough(train_paths, args, training=True)
 
@@ -489,17 +489,17 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
     if val_rows * args.row_length < args.val_tokens:
         raise RunError(f"validation needs {args.val_tokens:,} tokens and one more, but {folder} "
                        f"holds {val_rows * args.row_length:,} in whole rows; fetch the whole val "
-                       f"shard, or lower --val_tokens (not a record)")  # fmt: skip
+                       f"shard, or lower --val_tokens (not a record)")
     steps = sum(shard.num_rows // args.rows_per_step for shard in train)
     if steps < args.train_steps:
         if steps == 0:
             raise RunError(f"a step of {args.batch_size:,} tokens fits in none of the {len(train)} "
-                           f"training shards in {folder}; lower --batch_size")  # fmt: skip
+                           f"training shards in {folder}; lower --batch_size")
         needed = math.ceil(args.train_steps * len(train) / steps)
         raise RunError(f"{args.train_steps:,} steps of {args.batch_size:,} tokens need {needed} "
                        f"training shards, but the {len(train)} in {folder} hold {steps:,} steps "
                        f"(a step never crosses a shard); download more: {fetch} {needed}, "
-                       f"or lower --train_steps")  # fmt: skip
+                       f"or lower --train_steps")
     if both := {shard.sha256 for shard in train} & {shard.sha256 for shard in val}:
         same = [str(shard.path) for shard in train if shard.sha256 in both]
         raise RunError(f"{', '.join(same)} holds the validation tokens; training must not see them")
@@ -570,7 +570,7 @@ def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -
 
 
 SDPA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-                 SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fastest first  # fmt: skip
+                 SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fastest first
 
 
 def sdpa_attention(q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, scale: float) -> Tensor:
@@ -600,7 +600,7 @@ def varlen_attention(q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, sca
 
     q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
     y = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.max_length,
-                    batch.max_length, scale=scale, window_size=(window or -1, 0))  # fmt: skip
+                    batch.max_length, scale=scale, window_size=(window or -1, 0))
     return y.view_as(q_BTHK)
 
 
@@ -618,7 +618,7 @@ def load_flash_attention() -> Callable | None:
     def flash_attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale):
         q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
         y = flash(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.max_length, batch.max_length,
-                  softmax_scale=scale, causal=True, window_size=(window or -1, 0))  # fmt: skip
+                  softmax_scale=scale, causal=True, window_size=(window or -1, 0))
         return y.view_as(q_BTHK)
 
     return flash_attention
@@ -643,7 +643,7 @@ def choose_attention(args: Hyperparameters, device: torch.device) -> tuple[str, 
     if name not in usable:
         raise RunError(f"--attention {name} does not run here (it wants an Ampere or newer GPU, "
                        f"bfloat16{', FlashAttention installed' if name == 'flash' else ''}); "
-                       f"use one of: auto, {', '.join(usable)}")  # fmt: skip
+                       f"use one of: auto, {', '.join(usable)}")
     return name, usable[name]
 
 
@@ -798,7 +798,7 @@ class GPT(nn.Module):
             x = norm(x, args.norm_eps)
         x0, skips = x, []
         value_tables = [table(inputs_BT).to(getattr(torch, args.dtype))
-                        for table in self.value_embeds]  # fmt: skip
+                        for table in self.value_embeds]
         for i, block in enumerate(self.blocks):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
@@ -811,7 +811,7 @@ class GPT(nn.Module):
         x = norm(x, args.norm_eps).to(getattr(torch, args.dtype))
         head = self.embed.weight if self.head is None else self.head
         return linear_cross_entropy(x.flatten(0, 1), head, batch.targets_BT.flatten(),
-                                    args.logit_softcap, args.loss_chunk_size)  # fmt: skip
+                                    args.logit_softcap, args.loss_chunk_size)
 
 
 def linear_cross_entropy(x_ND, weight_VD, targets_N, softcap: float, chunk_size: int) -> Tensor:
@@ -879,7 +879,7 @@ def chunk_loss(x_ND, weight, vocab_size: int, targets_N, softcap: float):
 POLAR_EXPRESS = (  # Amsel et al. 2025, five steps; they are meant for a norm a little below 1
     (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
     (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232),
-)  # fmt: skip
+)
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al. 2024
 
 
@@ -1012,7 +1012,7 @@ class Adam(ShardedOptimizer):
         decay = torch.tensor(1 - group["lr"] * group["weight_decay"])
         step_size, root_bias2 = torch.tensor(group["lr"] / bias1), torch.tensor(bias2**0.5)
         self.kernel(p, grad, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, group["eps"],
-                    decay, step_size, root_bias2)  # fmt: skip
+                    decay, step_size, root_bias2)
 
 
 def adam_update(p, grad, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_size, root_bias2):
@@ -1038,13 +1038,13 @@ def build_optimizers(
         Adam(list(adam_groups.values()), rank, world_size, fuse=args.compile,
              betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps,
              weight_decay=args.weight_decay)
-    ]  # fmt: skip
+    ]
     if muon_groups:
         optimizers.append(
             Muon(list(muon_groups.values()), rank, world_size, momentum=args.muon_momentum,
                  nesterov=args.muon_nesterov, iteration=args.muon_iteration,
                  weight_decay=args.weight_decay)
-        )  # fmt: skip
+        )
     held = [name for o in optimizers for g in o.param_groups for name in g["param_names"]]
     for name, _ in model.named_parameters():
         if held.count(name) != 1:
@@ -1100,7 +1100,7 @@ def set_schedules(optimizers: list[ShardedOptimizer], step: int, args: Hyperpara
 def evaluate(
     model: Callable, shards: list[ShardInfo], args: Hyperparameters, windows: tuple[int, int],
     ranks: Ranks,
-) -> float:  # fmt: skip
+) -> float:
     """Mean cross entropy, nats per token, over exactly the first `val_tokens` validation tokens.
 
     Each token is predicted once, whatever the batch and the number of ranks. Touches no gradient,
@@ -1147,7 +1147,7 @@ class Log:
             if path.is_file():
                 raise RunError(f"{path} exists already; choose another --run_id") from None
             raise RunError(f"cannot write the log {path}: {error.strerror}; free some space, or "
-                           f"choose another --log_dir") from None  # fmt: skip
+                           f"choose another --log_dir") from None
         self.path = path
 
     def __call__(self, text: str, console: bool = False) -> None:
@@ -1167,7 +1167,7 @@ class Log:
                     os.truncate(self.path, size)  # no half lines
             if first_failure:
                 self.print(f"cannot write {self.path}: {error.strerror}; the run goes on, and its "
-                           f"lines stand here until there is room")  # fmt: skip
+                           f"lines stand here until there is room")
             console = True
         if console:
             self.print(text)
@@ -1177,7 +1177,7 @@ class Log:
         """Exit status: 0 if the whole log is on disk."""
         if self.pending:
             print(f"error: {self.path} lacks its last {len(self.pending)} entries; they stand "
-                  f"above", file=sys.stderr)  # fmt: skip
+                  f"above", file=sys.stderr)
         return 1 if self.pending else 0
 
 
@@ -1187,7 +1187,7 @@ def describe_machine(device: torch.device) -> str:
     def run(*command: str) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=20,
-                                  cwd=Path(__file__).resolve().parent)  # fmt: skip
+                                  cwd=Path(__file__).resolve().parent)
             return done.stdout.rstrip() if done.returncode == 0 else ""
         except (OSError, subprocess.TimeoutExpired):
             return ""
@@ -1199,7 +1199,7 @@ def describe_machine(device: torch.device) -> str:
         lines.append(run("nvidia-smi"))
     else:
         lines.append(f"CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-                     f"{torch.get_num_threads()} threads")  # fmt: skip
+                     f"{torch.get_num_threads()} threads")
     commit = run("git", "rev-parse", "HEAD")
     dirty = "with uncommitted changes" if run("git", "status", "--porcelain") else "clean"
     lines.append(f"git commit: {commit} ({dirty})" if commit else "git commit: none")
@@ -1209,7 +1209,7 @@ def describe_machine(device: torch.device) -> str:
 def log_header(
     log: Log, args: Hyperparameters, model: GPT, ranks: Ranks, attention: str,
     train: list[ShardInfo], val: list[ShardInfo],
-) -> None:  # fmt: skip
+) -> None:
     """The source of the run, then all that is needed to run it again."""
     log(Path(__file__).read_text(encoding="utf-8"))
     log("=" * 100)
@@ -1226,7 +1226,7 @@ def log_header(
     accumulation = args.batch_size // args.device_batch_size // ranks.world_size
     log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
     log(f"tokens per step: {args.batch_size:,} = {ranks.world_size} ranks x {accumulation} "
-        f"micro-batches x {args.device_batch_size:,}")  # fmt: skip
+        f"micro-batches x {args.device_batch_size:,}")
     log(f"attention: {attention}")
     for reason in reasons_not_a_record(args, ranks.world_size):
         log(f"not a record: {reason}")
@@ -1254,7 +1254,7 @@ class Progress:
         """The part of a log line that other tools read."""
         loss = "" if val_loss is None else f" val_loss:{val_loss:.5f}"
         return (f"step:{step}/{self.args.train_steps}{loss} train_time:{1000 * seconds:.0f}ms "
-                f"step_avg:{1000 * seconds / max(1, step):.2f}ms")  # fmt: skip
+                f"step_avg:{1000 * seconds / max(1, step):.2f}ms")
 
     def queued(self, loss: Tensor) -> None:
         """One more step was queued; `loss` (scalar) is what it will find."""
@@ -1282,7 +1282,7 @@ class Progress:
         elif self.log.path and (step == 1 or step % self.args.log_every == 0):
             left = seconds / step * (self.args.train_steps - step)
             print(f"step {step}/{self.args.train_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
-                  f"{left:.0f} s left", flush=True)  # fmt: skip
+                  f"{left:.0f} s left", flush=True)
 
     def validated(self, step: int, val_loss: float) -> None:
         self.check_finite("val_loss", val_loss, step)
@@ -1300,13 +1300,13 @@ class Progress:
         if math.isfinite(loss):
             return
         last = "none" if not self.val_losses else "step {} val_loss {:.5f}".format(
-            *self.val_losses[-1])  # fmt: skip
+            *self.val_losses[-1])
         factor = lr_multiplier(max(0, step - 1), self.args)
         rates = ", ".join(f"{kind} {factor * getattr(self.args, f'{kind}_lr'):.3g}"
-                          for kind in ("matrix", "embed", "head", "scalar"))  # fmt: skip
+                          for kind in ("matrix", "embed", "head", "scalar"))
         raise CollectiveError(f"{name} is {loss} at step {step}, with learning rates {rates}; last "
                               f"good validation: {last}; lower the learning rates, or try --dtype "
-                              f"float32 to see whether it is a matter of precision")  # fmt: skip
+                              f"float32 to see whether it is a matter of precision")
 
     def summarize(self, peak_memory: str) -> None:
         """The last lines of the log, the verdict at the end, and the plot beside it."""
@@ -1318,12 +1318,12 @@ class Progress:
         args = self.args
         self.log(f"peak memory: {peak_memory}", console=True)
         self.log(f"graphs compiled while the clock ran: {self.clock.recompilations}",
-                 console=self.clock.recompilations > 0)  # fmt: skip
+                 console=self.clock.recompilations > 0)
         if self.reached:
             verdict = f"target {args.target} of track {args.track} reached: {self.reached}"
         else:
             verdict = (f"target {args.target} of track {args.track} not reached: "
-                       f"{self.outcome(*self.val_losses[-1])}")  # fmt: skip
+                       f"{self.outcome(*self.val_losses[-1])}")
         if reasons := reasons_not_a_record(args, self.ranks.world_size):
             verdict += f"; not a record: {'; '.join(reasons)}"
         self.log(verdict, console=True)
@@ -1348,7 +1348,7 @@ def plot_losses(path: Path, train_losses: list, val_losses: list, args: Hyperpar
     axes.plot(*zip(*val_losses, strict=True), "o-", color="tab:blue", ms=3, label="validation")
     axes.axhline(args.target, color="tab:red", ls="--", lw=1, label=f"target {args.target}")
     axes.set(xlabel=f"step of {args.batch_size:,} tokens", ylabel="loss, nats per token",
-             title=f"{path.stem}: val_loss {val_losses[-1][1]:.4f}")  # fmt: skip
+             title=f"{path.stem}: val_loss {val_losses[-1][1]:.4f}")
     shown = [loss for _, loss in val_losses[1:] or val_losses] + [args.target]
     axes.set_ylim(min(shown) - 0.1, max(shown) + 1.0)
     axes.legend()
@@ -1365,7 +1365,7 @@ def start_wandb(args: Hyperparameters, run_id: str):
         raise RunError("--log_wandb needs the wandb package: pip install wandb") from None
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     return wandb.init(project=args.wandb_project, name=args.wandb_name or run_id, mode=mode,
-                      config=dataclasses.asdict(args))  # fmt: skip
+                      config=dataclasses.asdict(args))
 
 
 # -----------------------------------------------------------------------------
@@ -1380,7 +1380,7 @@ def join_ranks() -> Ranks:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise RunError(f"there is no GPU for local rank {local_rank}: this machine has "
-                           f"{torch.cuda.device_count()}; lower --nproc_per_node")  # fmt: skip
+                           f"{torch.cuda.device_count()}; lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
@@ -1411,13 +1411,13 @@ def check_accumulation(args: Hyperparameters, world_size: int) -> None:
         counts = [n for n in range(1, rows + 1) if rows % n == 0]
         raise CollectiveError(f"--batch_size {args.batch_size} is {rows} rows of --row_length "
                               f"{args.row_length}, which {world_size} ranks cannot share; numbers "
-                              f"of ranks that can: {counts}")  # fmt: skip
+                              f"of ranks that can: {counts}")
     share = rows // world_size
     if share % micro_rows:
         sizes = [n * args.row_length for n in range(1, share + 1) if share % n == 0]
         raise CollectiveError(f"--device_batch_size {args.device_batch_size} does not divide the "
                               f"{share * args.row_length} tokens of each of {world_size} ranks; "
-                              f"values that do: {sizes}")  # fmt: skip
+                              f"values that do: {sizes}")
 
 
 class Clock:
@@ -1468,7 +1468,7 @@ def copy_to_cpu(value: Tensor) -> Tensor:
 def train_step(
     model: Callable, optimizers: list[ShardedOptimizer], batches: list[MicroBatch], step: int,
     args: Hyperparameters, ranks: Ranks,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
     set_schedules(optimizers, step, args)
     windows = attention_windows(step, args)
@@ -1490,7 +1490,7 @@ def train_step(
 def warm_up(
     model: GPT, compiled: Callable, optimizers: list[ShardedOptimizer], args: Hyperparameters,
     ranks: Ranks,
-) -> None:  # fmt: skip
+) -> None:
     """Compile and run everything once on random tokens, then undo it to the last bit."""
     saved = copy.deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
     accumulation = args.batch_size // args.device_batch_size // ranks.world_size
@@ -1516,7 +1516,7 @@ def check_ranks_agree(model: GPT, ranks: Ranks) -> None:
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
     if bounds[0] != -bounds[1]:
         raise RunError("the ranks ended with different weights: their work went apart; look at "
-                       "the GPUs and their links before trusting this run")  # fmt: skip
+                       "the GPUs and their links before trusting this run")
 
 
 @contextmanager
@@ -1529,7 +1529,7 @@ def memory_advice(args: Hyperparameters, knob: str) -> Iterator[None]:
         smaller = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
         advice = (f"try --{knob} {smaller * args.row_length}; the training stays the same"
                   if smaller else "this is one row: try a smaller --loss_chunk_size, or a smaller "
-                  "model")  # fmt: skip
+                  "model")
         raise RunError(f"out of GPU memory with --{knob} {getattr(args, knob)}; {advice}") from None
 
 
@@ -1548,7 +1548,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
     wandb = start_wandb(args, run_id) if args.log_wandb and ranks.rank == 0 else None
 
     log(f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
-        f"{args.batch_size:,} tokens to val_loss {args.target}", console=True)  # fmt: skip
+        f"{args.batch_size:,} tokens to val_loss {args.target}", console=True)
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
         log("compiling and warming up on random tokens; the clock starts after it", console=True)
@@ -1581,7 +1581,7 @@ def peak_memory(device: torch.device) -> str:
     """The most memory the run has held, for the log."""
     if device.type == "cuda":
         return (f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB allocated, "
-                f"{torch.cuda.max_memory_reserved(device) / 2**20:.0f} MiB reserved")  # fmt: skip
+                f"{torch.cuda.max_memory_reserved(device) / 2**20:.0f} MiB reserved")
     try:
         import resource
     except ImportError:  # Windows

@@ -89,11 +89,11 @@ def download(num_shards: int, folder: Path) -> None:
     size = len(missing) * SHARD_BYTES
     print(f"{num_shards} train shards and the val shard of {REPOSITORY} into {folder}")
     print(f"{len(missing)} files to fetch, {size / 1e9:.1f} GB; "
-          f"{len(filenames) - len(missing)} are there already", flush=True)  # fmt: skip
+          f"{len(filenames) - len(missing)} are there already", flush=True)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise ValueError(f"the disk of {folder} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} "
-                         "GB are needed; free some space or ask for fewer shards")  # fmt: skip
+                         "GB are needed; free some space or ask for fewer shards")
     for done, filename in enumerate(missing, 1):
         tokens = obtain(filename, folder)
         print(f"[{done}/{len(missing)}] {filename}: {tokens:,} tokens", flush=True)
@@ -107,9 +107,9 @@ def main(argv: list[str] | None = None, folder: Path = FOLDER) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [-h] [N] [any option of train_gpt.py]",
-    )  # fmt: skip
+    )
     parser.add_argument("N", type=int, nargs="?", help="train shards, 1 to 103 (default: as many "
-                        "as the single-gpu run with the options reads)")  # fmt: skip
+                        "as the single-gpu run with the options reads)")
     num_shards = parser.parse_args(own).N
     run = parse_hyperparameters(["--track", "single-gpu", *argv[len(own) :]])
     try:

@@ -41,7 +41,7 @@ def estimate_memory(args: Hyperparameters) -> float:
     tokens = max(args.device_batch_size, args.val_batch_size // 4)
     num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
                  + 55 * args.num_layers * args.model_dim * tokens  # activations
-                 + 2.3 * args.loss_chunk_size * args.vocab_size)  # logits  # fmt: skip
+                 + 2.3 * args.loss_chunk_size * args.vocab_size)  # logits
     return 1.05 * num_bytes / 2**30 + 0.7  # what the allocator leaves unused, and CUDA itself
 
 
@@ -61,7 +61,7 @@ def check_versions(report: Report) -> None:
     old = found < (MIN_PYTHON, MIN_TORCH) or found[1] < MIN_TORCH
     report.line("versions", f"Python {platform.python_version()}, torch {torch.__version__}, "
                 f"CUDA {torch.version.cuda}",
-                "Python 3.11 and torch 2.11 or newer are needed" if old else None)  # fmt: skip
+                "Python 3.11 and torch 2.11 or newer are needed" if old else None)
 
 
 def free_memory() -> float:
@@ -86,7 +86,7 @@ def advise(args: Hyperparameters, free: float) -> str:
         if rows % n == 0 and estimate_memory(smaller) < 0.9 * free:
             return f"--device_batch_size {size} --val_batch_size {val_size}"
     raise RunError(f"about {estimate_memory(smaller):.0f} GiB of GPU memory are needed at least, "
-                   f"but {free:.0f} GiB are free")  # fmt: skip
+                   f"but {free:.0f} GiB are free")
 
 
 def check_gpus(report: Report, args: Hyperparameters) -> None:
@@ -94,14 +94,14 @@ def check_gpus(report: Report, args: Hyperparameters) -> None:
     if not torch.cuda.is_available():
         report.line("GPU", f"none; a CPU with {os.cpu_count()} cores",
                     None if args.track == "sample" else
-                    f"track {args.track} takes days without one; try --track sample")  # fmt: skip
+                    f"track {args.track} takes days without one; try --track sample")
         return
     for index in range(torch.cuda.device_count()):
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
         report.line("GPU", f"{index}: {torch.cuda.get_device_name(index)}, {total:.0f} GiB, "
-                    f"{free:.0f} GiB free")  # fmt: skip
+                    f"{free:.0f} GiB free")
     finding = (f"about {estimate_memory(args):.0f} GiB with --device_batch_size "
-               f"{args.device_batch_size} --val_batch_size {args.val_batch_size}")  # fmt: skip
+               f"{args.device_batch_size} --val_batch_size {args.val_batch_size}")
     try:
         options = advise(args, free_memory())
         report.line("memory", finding + (f"; run.sh will use {options}" if options else ""))
@@ -128,7 +128,7 @@ def check_data(report: Report, args: Hyperparameters) -> int:
         missing_bytes = missing * 200_001_024
         if missing and not broken:
             problem = (f"run.sh will download {missing} shards ({missing_bytes / 1e9:.1f} GB), or: "
-                       f"python data/cached_fineweb10B.py {needed}")  # fmt: skip
+                       f"python data/cached_fineweb10B.py {needed}")
     elif not train or not val:
         problem = f"{folder} needs *_train_*.bin and *_val_*.bin"
     wanted = f"of about {needed} " if official else ""
@@ -139,7 +139,7 @@ def check_data(report: Report, args: Hyperparameters) -> int:
 def check_disk(report: Report, args: Hyperparameters, missing_bytes: int) -> None:
     for purpose, folder, wanted in (
         ("data", data_folder(args), missing_bytes), ("logs", Path(args.log_dir), LOG_BYTES),
-    ):  # fmt: skip
+    ):
         while not folder.exists():
             folder = folder.absolute().parent
         free = shutil.disk_usage(folder).free
@@ -160,7 +160,7 @@ def main() -> int:
         return 0
     report = Report()
     report.line("run", f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
-                f"{args.batch_size:,} tokens to val_loss {args.target}")  # fmt: skip
+                f"{args.batch_size:,} tokens to val_loss {args.target}")
     check_versions(report)
     check_gpus(report, args)
     check_disk(report, args, check_data(report, args))

@@ -31,7 +31,7 @@ def decode(shard: Path, start: int, documents: int, vocab_dir: Path | None) -> N
         whole = tokens[begin] == encoding.eot_token
         if (largest := int(tokens[begin:end].max())) > encoding.max_token_value:
             raise ValueError(f"{shard} has token {largest}, but the vocabulary ends at "
-                             f"{encoding.max_token_value}; give its own --vocab_dir")  # fmt: skip
+                             f"{encoding.max_token_value}; give its own --vocab_dir")
         note = "" if whole else " (continued from the shard before)"
         print(f"--- document {index}, token offset {begin}, {end - begin} tokens{note}")
         print(encoding.decode(tokens[begin + whole : end].tolist()))

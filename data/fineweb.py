@@ -84,7 +84,7 @@ def read_documents(path: Path, field: str) -> Iterator[str]:
                 raise ValueError(f"{place} is not a JSON object")
             if not isinstance(record.get(field), str):
                 raise ValueError(f"{place} has no text in field {field!r}; its fields are: "
-                                 f"{', '.join(record)} (--field names another)")  # fmt: skip
+                                 f"{', '.join(record)} (--field names another)")
             yield record[field]
     except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -117,7 +117,7 @@ def load_encoding(vocab_dir: Path | None) -> tiktoken.Encoding:
         except OSError as error:
             raise ValueError(f"tiktoken cannot download GPT-2's vocabulary ({error}); check the "
                              "connection, or give --vocab_dir FOLDER with encoder.json and "
-                             "vocab.bpe") from None  # fmt: skip
+                             "vocab.bpe") from None
     files = [vocab_dir / name for name in ("vocab.bpe", "encoder.json")]
     try:
         # With the hashes, tiktoken's cache cannot return what was at the same path before.
@@ -125,11 +125,11 @@ def load_encoding(vocab_dir: Path | None) -> tiktoken.Encoding:
         ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files), *hashes)
     except (ValueError, AssertionError, KeyError, OSError) as error:
         raise ValueError(f"{vocab_dir} is no vocabulary in GPT-2's format, encoder.json and "
-                         f"vocab.bpe: {type(error).__name__} {error}") from error  # fmt: skip
+                         f"vocab.bpe: {type(error).__name__} {error}") from error
     return tiktoken.Encoding(
         vocab_dir.resolve().name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": len(ranks)},
-    )  # fmt: skip
+    )
 
 
 def encode_batch(vocab_dir: Path | None, texts: list[str]) -> list[np.ndarray]:
@@ -189,7 +189,7 @@ def take(documents: Iterator[np.ndarray], num_tokens: int) -> list[np.ndarray]:
     while size < num_tokens:
         if (tokens := next(documents, None)) is None:
             raise ValueError(f"--val_tokens is {num_tokens:,}, but the inputs have {size:,} tokens "
-                             "in all; give a smaller --val_tokens or more text")  # fmt: skip
+                             "in all; give a smaller --val_tokens or more text")
         taken.append(tokens)
         size += len(tokens)
     return taken
@@ -240,7 +240,7 @@ def make_shards(args: argparse.Namespace, folder: Path) -> dict:
     encoding = load_encoding(args.vocab_dir)
     if encoding.max_token_value >= 2**16:
         raise ValueError(f"the vocabulary has ids up to {encoding.max_token_value:,}, but a shard "
-                         f"holds ids below {2**16:,}; use a smaller vocabulary")  # fmt: skip
+                         f"holds ids below {2**16:,}; use a smaller vocabulary")
     paths = dataset_files(args.dataset) if args.dataset else args.inputs
     texts = (text for path in paths for text in read_documents(path, args.field))
     if args.seed is not None:
@@ -259,7 +259,7 @@ def make_shards(args: argparse.Namespace, folder: Path) -> dict:
         files[name] = write_shard(folder / name, shard, encoding.eot_token)
     if len(files) == 1:
         raise ValueError("the val shard took all documents and left none to train on; give a "
-                         "smaller --val_tokens or more text")  # fmt: skip
+                         "smaller --val_tokens or more text")
     return {
         "files": files,
         "inputs": [f"HuggingFaceFW/fineweb {args.dataset}"] if args.dataset
@@ -270,7 +270,7 @@ def make_shards(args: argparse.Namespace, folder: Path) -> dict:
         "dropped": dropped,
         "versions": {"python": platform.python_version(), "numpy": np.__version__,
                      "tiktoken": tiktoken.__version__},
-    }  # fmt: skip
+    }
 
 
 def publish(args: argparse.Namespace) -> dict:
@@ -285,7 +285,7 @@ def publish(args: argparse.Namespace) -> dict:
     old = [path for path in sorted(args.out_dir.iterdir()) if ours.fullmatch(path.name)]
     if old and not args.overwrite:
         raise ValueError(f"{args.out_dir} holds {old[0].name} already; give another --name or "
-                         "--out_dir, or --overwrite to replace it")  # fmt: skip
+                         "--out_dir, or --overwrite to replace it")
     prefix = f".{args.name}."
     with tempfile.TemporaryDirectory(".tmp", prefix, args.out_dir) as folder:
         sidecar = make_shards(args, Path(folder))
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--field", default="text", help="JSON field or parquet column (default: %(default)s)")
     add("--shard_tokens", type=int, default=100_000_000, help="at most (default: %(default)s)")
     add("--val_tokens", type=int, default=10_485_761,
-        help="of the val shard, at least (default: %(default)s)")  # fmt: skip
+        help="of the val shard, at least (default: %(default)s)")
     add("--seed", type=int, help="shuffle the documents, all held in memory (default: keep order)")
     add("--num_workers", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
     add("--vocab_dir", type=Path, help="folder of encoder.json and vocab.bpe (default: download)")
@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, entry in sidecar["files"].items():
         print(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents")
     print(f"dropped: {sidecar['dropped']['empty']} empty documents and "
-          f"{sidecar['dropped']['in_val']} train documents that are in val")  # fmt: skip
+          f"{sidecar['dropped']['in_val']} train documents that are in val")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ TINY = dict(
     row_length=64, max_document_length=64, vocab_size=256, num_layers=2, num_heads=2, model_dim=32,
     value_embeddings=1, window_start=0, window_end=0, train_steps=4, loss_chunk_size=48,
     dtype="float32", residual_dtype="float32", compile=False, attention="sdpa",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def build(args, awake: bool = True, seed: int = 0) -> train_gpt.GPT:
 def _rank_main(rank, world_size, folder, function, arguments):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank,
-                            world_size=world_size)  # fmt: skip
+                            world_size=world_size)
     result = function(Ranks(rank, world_size, CPU), *arguments)
     torch.save(result, f"{folder}/result{rank}.pt")
     dist.destroy_process_group()
@@ -153,4 +153,4 @@ def run_train(
     return subprocess.run(
         [*launcher, str(ROOT / "train_gpt.py"), *map(str, argv)], cwd=cwd, env=environment,
         capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+    )

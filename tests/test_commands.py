@@ -19,7 +19,7 @@ TINY = (
     "--window_end=128 --kernel_warmup=false --run_id=run"
 ).split()
 LAUNCHER_VARIABLES = ("NPROC", "NNODES", "NODE_RANK", "RDZV_ENDPOINT", "RDZV_ID", "RDZV_BACKEND",
-                      "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+                      "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(path_first: Path | None = None, **variables) -> dict[str, str]:
@@ -35,7 +35,7 @@ def start(*argv, folder: Path = ROOT, cwd: Path = ROOT, **env) -> subprocess.Pop
     return subprocess.Popen(
         ["bash", str(folder / "run.sh"), *map(str, argv)], cwd=cwd, env=environment(**env),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
 
 
 def finish(*processes: subprocess.Popen, timeout=120) -> list[subprocess.CompletedProcess]:
@@ -198,7 +198,7 @@ def pretended(tmp_path):
             (bin_folder / fact).touch()
         calls.write_text("")
         done = run(*argv, folder=folder, path_first=bin_folder, CALLS=str(calls), GPUS=str(gpus),
-                   ADVICE=advice, **env)  # fmt: skip
+                   ADVICE=advice, **env)
         done.calls = [line for line in calls.read_text().splitlines() if not looks.fullmatch(line)]
         return done
 
@@ -250,7 +250,7 @@ def test_the_status_of_the_run_is_the_status_of_the_command(pretended):
 def test_without_a_gpu_the_sample_track_runs_without_a_download(pretended):
     assert pretended().calls == ["bin/python3 train_gpt.py"]
     assert pretended("baseline").calls == [
-        "bin/python3 train_gpt.py --recipe sample-baseline"]  # fmt: skip
+        "bin/python3 train_gpt.py --recipe sample-baseline"]
 
 
 def test_with_gpus_the_single_gpu_track_gets_its_data_and_one_process(pretended):
@@ -273,13 +273,13 @@ def test_other_tracks_use_every_gpu(pretended, track):
     options = " ".join(track)
     assert download == f"bin/python3 data/cached_fineweb10B.py {options}"
     assert train == ("bin/python3 -m torch.distributed.run --standalone --nproc_per_node=8 "
-                     f"train_gpt.py {options}")  # fmt: skip
+                     f"train_gpt.py {options}")
 
 
 def test_what_the_gpus_memory_asks_for_comes_before_the_options_of_the_user(pretended):
     done = pretended("--device_batch_size=9", gpus=1, advice="--device_batch_size 5 --x 6")
     assert done.calls[-1] == (
-        "bin/python3 train_gpt.py --device_batch_size 5 --x 6 --device_batch_size=9")  # fmt: skip
+        "bin/python3 train_gpt.py --device_batch_size 5 --x 6 --device_batch_size=9")
     assert "--device_batch_size 5 --x 6" in done.stdout
     assert pretended(gpus=1).stdout == ""
 
@@ -287,7 +287,7 @@ def test_what_the_gpus_memory_asks_for_comes_before_the_options_of_the_user(pret
 def test_a_folder_of_ones_own_data_is_not_downloaded_into(pretended):
     for option in (["--data_path", "mine"], ["--data-path=mine"]):
         assert pretended(*option, gpus=1).calls == [
-            f"bin/python3 train_gpt.py {' '.join(option)}"]  # fmt: skip
+            f"bin/python3 train_gpt.py {' '.join(option)}"]
 
 
 def test_a_failing_download_stops_before_training(pretended):
@@ -298,14 +298,14 @@ def test_a_failing_download_stops_before_training(pretended):
 
 def test_the_variables_of_several_machines_reach_torchrun(pretended):
     variables = dict(NNODES="4", NODE_RANK="3", RDZV_ENDPOINT="host:29400", RDZV_ID="id",
-                     RDZV_BACKEND="c10d", MASTER_ADDR="addr", MASTER_PORT="29501")  # fmt: skip
+                     RDZV_BACKEND="c10d", MASTER_ADDR="addr", MASTER_PORT="29501")
     done = pretended("--track=gpt2-small", "--data_path=mine", gpus=8, **variables)
     [train, *seen] = done.calls
     assert train == ("bin/python3 -m torch.distributed.run --nproc_per_node=8 "
-                     "train_gpt.py --track=gpt2-small --data_path=mine")  # fmt: skip
+                     "train_gpt.py --track=gpt2-small --data_path=mine")
     assert sorted(seen) == sorted(f"PET_{name}={value}" for name, value in variables.items())
 
 
 def test_the_check_command_hands_its_arguments_on(pretended):
     assert pretended("check", "--track", "sample").calls == [
-        "bin/python3 data/check.py --track sample"]  # fmt: skip
+        "bin/python3 data/check.py --track sample"]

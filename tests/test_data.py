@@ -77,7 +77,7 @@ def reference_validation_rows(tokens, row_length) -> list[list[tuple[int, int]]]
 
 def cut(tokens, rows) -> list[tuple[list[int], list[int]]]:
     return [(tokens[start : start + length], tokens[start + 1 : start + length + 1])
-            for row in rows for start, length in row]  # fmt: skip
+            for row in rows for start, length in row]
 
 
 def all_rows(path, args, training):
@@ -106,7 +106,7 @@ def test_validation_rows_equal_a_plain_python_cut_whatever_the_document_limit(tm
     tokens = flat_tokens(path)
     expected = reference_validation_rows(tokens, 64)
     assert all_rows(path, data_args(max_document_length=5), training=False) == (
-        len(expected), cut(tokens, expected))  # fmt: skip
+        len(expected), cut(tokens, expected))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -198,7 +198,7 @@ def test_steps_take_whole_rows_in_order_and_never_cross_a_shard(two_shards, mask
     for path in two_shards:
         tokens = flat_tokens(path)
         rows = (reference_rows(tokens, 64, 40) if masking else
-                [[(64 * row, 64)] for row in range((len(tokens) - 1) // 64)])  # fmt: skip
+                [[(64 * row, 64)] for row in range((len(tokens) - 1) // 64)])
         assert len(rows) % 6, "the test wants rows that are left over"
         expected += [cut(tokens, rows[i : i + 6]) for i in range(0, len(rows) - 5, 6)]
     assert steps_of(two_shards, args) == expected
@@ -288,7 +288,7 @@ def refusal(args) -> str:
 
 def test_the_plan_takes_as_many_shards_in_order_as_the_run_needs(folder):
     rows = [TokenRows(path, plan_args(folder), True).num_rows
-            for path in sorted(folder.glob("*train*"))]  # fmt: skip
+            for path in sorted(folder.glob("*train*"))]
     first = rows[0] // 4
     train, val = plan_data(plan_args(folder, train_steps=first))
     assert [shard.path.name for shard in train] == ["web_train_000001.bin"]
@@ -329,7 +329,7 @@ def test_packed_documents_need_some_more_shards_than_tokens_alone():
 
 def test_too_few_steps_say_how_many_shards_to_download(folder):
     per_shard = [TokenRows(path, plan_args(folder), True).num_rows // 4
-                 for path in sorted(folder.glob("*train*"))]  # fmt: skip
+                 for path in sorted(folder.glob("*train*"))]
     wanted = 10 * sum(per_shard)
     message = refusal(plan_args(folder, train_steps=wanted))
     needed = re.search(r"cached_fineweb10B.py (\d+)", message)

@@ -126,11 +126,11 @@ def test_encoding(tmp_path, vocab):
 def test_a_vocabulary_is_read_anew(tmp_path, vocab):
     """tiktoken caches by path; a changed vocabulary in the same place must not go unnoticed."""
     code = "import sys, fineweb; from pathlib import Path\n" \
-           "print(fineweb.load_encoding(Path(sys.argv[1])).eot_token)"  # fmt: skip
+           "print(fineweb.load_encoding(Path(sys.argv[1])).eot_token)"
     for merges in (MERGES, MERGES[:2]):
         folder = write_vocab(tmp_path / "same", merges)
         run = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT / "data",
-                             capture_output=True, text=True)  # fmt: skip
+                             capture_output=True, text=True)
         assert run.stdout.strip() == str(256 + len(merges)), run.stderr
         shutil.rmtree(folder)
 
@@ -221,7 +221,7 @@ def test_parquet(tmp_path, vocab, capsys):
     make(tmp_path / "a.parquet", vocab=vocab, out=tmp_path, field="body")
     assert read_texts(*shards(tmp_path, "val"), *shards(tmp_path, "train")) == TEXTS
     message = failure(capsys, fineweb.main, tmp_path / "a.parquet", "--name", "u", "--out_dir",
-                      tmp_path, "--vocab_dir", vocab)  # fmt: skip
+                      tmp_path, "--vocab_dir", vocab)
     assert "a.parquet" in message and "'text'" in message and "body, n" in message
 
 
@@ -230,7 +230,7 @@ def test_parquet_without_pyarrow(tmp_path, vocab, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     message = failure(capsys, fineweb.main, tmp_path / "a.parquet", "--name", "t", "--out_dir",
-                      tmp_path, "--vocab_dir", vocab, "--num_workers", 1)  # fmt: skip
+                      tmp_path, "--vocab_dir", vocab, "--num_workers", 1)
     assert "pip install pyarrow" in message
 
 
@@ -249,7 +249,7 @@ def test_parquet_without_pyarrow(tmp_path, vocab, capsys, monkeypatch):
         ("bad.csv", b"x", ["bad.csv", ".jsonl"]),
         ("bad.jsonl", None, ["bad.jsonl", "no such file"]),
     ],
-)  # fmt: skip
+)
 def test_a_bad_input_leaves_nothing(tmp_path, vocab, capsys, name, content, expected, workers):
     good = write_jsonl(tmp_path / "good.jsonl", TEXTS)  # enough for several shards before the fault
     if content is not None:
@@ -289,7 +289,7 @@ def test_no_inputs(tmp_path, capsys):
 def test_val_must_leave_something_to_train_on(tmp_path, vocab, capsys):
     source = write_jsonl(tmp_path / "docs.jsonl", ["the cat"] * 5)
     message = failure(capsys, fineweb.main, source, "--name", "t", "--out_dir", tmp_path,
-                      "--vocab_dir", vocab, "--val_tokens", 1, "--num_workers", 1)  # fmt: skip
+                      "--vocab_dir", vocab, "--val_tokens", 1, "--num_workers", 1)
     assert "none to train on" in message
 
 
@@ -306,7 +306,7 @@ def test_existing_shards_are_kept_unless_told(tmp_path, vocab, capsys):
     make(source, "--overwrite", vocab=vocab, out=out, val_tokens=200)
     assert sorted(path.name for path in out.iterdir()) == [
         "t.json", "t_train_000001.bin", "t_val_000000.bin",
-    ]  # fmt: skip
+    ]
     assert read_texts(*shards(out, "val"), *shards(out, "train")) == TEXTS
 
 
@@ -316,7 +316,7 @@ def test_ids_must_fit_16_bits(tmp_path, capsys):
     folder = write_vocab(tmp_path / "large", pairs[: 2**16 - 256])  # the last id is 2**16
     source = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
     message = failure(capsys, fineweb.main, source, "--name", "t", "--out_dir", tmp_path / "out",
-                      "--vocab_dir", folder, "--val_tokens", 1)  # fmt: skip
+                      "--vocab_dir", folder, "--val_tokens", 1)
     assert "65,536" in message
 
 
@@ -346,7 +346,7 @@ def test_dataset_is_downloaded_file_by_file(tmp_path, vocab, monkeypatch):
     class Api:
         def list_repo_tree(self, repository, folder, repo_type):
             assert (repository, folder, repo_type) == ("HuggingFaceFW/fineweb", "sample/10BT",
-                                                       "dataset")  # fmt: skip
+                                                       "dataset")
             return [entry(f"{folder}/{name}") for name in ("b.parquet", "README.md", "a.parquet")]
 
     def download(repository, filename, repo_type):
@@ -379,7 +379,7 @@ def test_decode(tmp_path, vocab, capsys):
     out = capsys.readouterr().out
     starts = np.flatnonzero(read_tokens(path) == EOT)
     headers = [f"--- document {i}, token offset {starts[i]}, {starts[i + 1] - starts[i]} tokens"
-               for i in (3, 4)]  # fmt: skip
+               for i in (3, 4)]
     assert out == f"{headers[0]}\n{TEXTS[3]}\n{headers[1]}\n{TEXTS[4]}\n"
 
 
@@ -475,7 +475,7 @@ def test_download(tmp_path, connect, capsys):
     out = capsys.readouterr().out
     assert "4 files" in out and "0.8 GB" in out
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == \
-        sorted(wanted(3))  # fmt: skip
+        sorted(wanted(3))
 
 
 @pytest.mark.parametrize("options", [[], ["--recipe", "baseline"], ["--train_steps", "600"]])

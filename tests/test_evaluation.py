@@ -50,7 +50,7 @@ def row_batch(tokens, start, length):
     inputs, targets = tokens[start : start + length], tokens[start + 1 : start + length + 1]
     bounds = [0, *(i for i in range(1, length) if inputs[i] == START), length]
     return MicroBatch(torch.tensor([inputs]).int(), torch.tensor([targets]).int(),
-                      torch.tensor(bounds).int(), length, len(bounds) == 2)  # fmt: skip
+                      torch.tensor(bounds).int(), length, len(bounds) == 2)
 
 
 def naive_loss(args, tokens):
@@ -74,7 +74,7 @@ def test_the_loss_is_the_mean_over_documents_that_do_not_see_each_other(tmp_path
     write_shard(tmp_path / "a_train_1.bin", random_documents(1, 200, 60))
     write_shard(tmp_path / "a_val_0.bin", documents)
     args = val_args(data_path=tmp_path, vocab_size=50_257, model_dim=16, num_heads=1,
-                    max_document_length=8, val_tokens=320, batch_size=256)  # fmt: skip
+                    max_document_length=8, val_tokens=320, batch_size=256)
     assert val_loss(ONE_RANK, args) == pytest.approx(naive_loss(args, tokens), rel=1e-6)
 
 
@@ -86,7 +86,7 @@ def test_the_loss_uses_the_windows_it_is_given(stream):
 
 def test_the_loss_does_not_depend_on_the_batch_size(stream):
     losses = [val_loss(ONE_RANK, stream_args(stream, val_batch_size=64 * rows))
-              for rows in (1, 2, 3, 4, 10, 50)]  # fmt: skip
+              for rows in (1, 2, 3, 4, 10, 50)]
     assert losses == pytest.approx([losses[0]] * 6, rel=1e-6)
 
 
@@ -202,7 +202,7 @@ def train_after(args, warm):
     if warm:
         warm_up(model, model, optimizers, args, ONE_RANK)
     losses = [train_step(model, optimizers, [random_batch(args, rows=8, seed=step)], step, args,
-                         ONE_RANK).item() for step in range(3)]  # fmt: skip
+                         ONE_RANK).item() for step in range(3)]
     return losses, snapshot(model, optimizers)
 
 
@@ -228,7 +228,7 @@ class Recorder:
 
 def test_the_warm_up_runs_the_shapes_and_windows_of_training_and_validation():
     args = warm_args(document_masking=True, max_document_length=24, val_batch_size=192,
-                     window_start=128, window_end=512)  # fmt: skip
+                     window_start=128, window_end=512)
     model = build(args)
     recorder = Recorder(model)
     warm_up(model, recorder, build_optimizers(model, args), args, ONE_RANK)

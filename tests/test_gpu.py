@@ -50,7 +50,7 @@ def train_some_steps(compile: bool, steps: int = 6) -> list[float]:
         vocab_size=1000, row_length=128, max_document_length=64, batch_size=1024,
         device_batch_size=512, val_batch_size=512, window_start=128, window_end=256,
         train_steps=steps, dtype="bfloat16", attention="varlen", compile=compile,
-    )  # fmt: skip
+    )
     ranks = Ranks(0, 1, torch.device("cuda", 0))
     torch.manual_seed(0)
     model = train_gpt.GPT(args, train_gpt.varlen_attention).to(ranks.device)

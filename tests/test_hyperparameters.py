@@ -34,7 +34,7 @@ OTHER = dict(
     final_lr_frac="0.3", dtype="bfloat16", residual_dtype="bfloat16", loss_chunk_size="32",
     attention="sdpa", compile="true", kernel_warmup="true", val_loss_every="3", log_every="7",
     log_dir="there", log_wandb="true", wandb_project="project", wandb_name="name",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +285,7 @@ WRONG_SIZES = [
                    "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
                    "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio")
       for value in (0, -64)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("options, named", WRONG_SIZES, ids=[options for options, _ in WRONG_SIZES])
@@ -360,9 +360,9 @@ print(json.dumps(dict(
 """
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path,
-                        "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+                        "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     [line] = done.stdout.splitlines()

@@ -79,11 +79,11 @@ def fake_flash(**marks):
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None,
         causal=False, window_size=(-1, -1),
-    ):  # fmt: skip
+    ):
         assert causal and softmax_scale is not None
         module.calls += 1
         return naive_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                            softmax_scale, window_size)  # fmt: skip
+                            softmax_scale, window_size)
 
     module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func, calls=0)
     return module
@@ -119,7 +119,7 @@ def test_packed_backends_are_called_so_that_they_equal_sdpa(
 ):
     flash_modules(interface=fake_flash())
     attention = (train_gpt.load_flash_attention() if backend == "flash"
-                 else fake_varlen_attn(monkeypatch))  # fmt: skip
+                 else fake_varlen_attn(monkeypatch))
     batch = random_batch(tiny_args(), **layout)
     got = outputs_and_gradients(attention, batch, window)
     expected = outputs_and_gradients(sdpa_attention, batch, window)
@@ -234,7 +234,7 @@ VARIANTS = {
         row_length=64, vocab_size=256, num_layers=2, num_heads=2, model_dim=32, dtype="float32",
         tied_head=False,
     ),
-}  # fmt: skip
+}
 
 
 def variant(name, **overrides):
@@ -322,7 +322,7 @@ def test_the_model_returns_the_sum_over_all_tokens():
         MicroBatch(rows.inputs_BT[i : i + 1], rows.targets_BT[i : i + 1],
                    torch.tensor([0, 64]).int(), 64, True)
         for i in range(4)
-    ]  # fmt: skip
+    ]
     total = sum(model(part, NO_WINDOWS).item() for part in parts)
     assert model(rows, NO_WINDOWS).item() == pytest.approx(total, rel=1e-6)
     assert total / rows.targets_BT.numel() > 1
@@ -393,7 +393,7 @@ def test_masking_and_windows_change_what_is_computed():
     whole, cut = random_batch(args), random_batch(args, lengths=LENGTHS)
     model = build(args)
     losses = [model(batch, windows).item() for batch in (whole, cut)
-              for windows in (NO_WINDOWS, (4, 8), (4, 9), (5, 8))]  # fmt: skip
+              for windows in (NO_WINDOWS, (4, 8), (4, 9), (5, 8))]
     assert len(set(losses)) == 8
 
 
@@ -470,7 +470,7 @@ def rotate(x, **overrides):
     """x (T, K) rotated at positions 0 to T - 1."""
     args = tiny_args(model_dim=x.size(1), num_heads=1, row_length=len(x), val_tokens=len(x),
                      batch_size=len(x), device_batch_size=len(x), val_batch_size=len(x),
-                     max_document_length=8, **overrides)  # fmt: skip
+                     max_document_length=8, **overrides)
     return Rotary(args)(x[None, :, None])[0, :, 0]
 
 
@@ -549,7 +549,7 @@ def reference_baseline(weights, batch, num_layers, heads):
         T, D = x.shape
         for i in range(num_layers):
             w = {name: weights[f"blocks.{i}.{name}"] for name in
-                 ("attn.qkv", "attn.projection", "mlp.up", "mlp.projection")}  # fmt: skip
+                 ("attn.qkv", "attn.projection", "mlp.up", "mlp.projection")}
             q, k, v = ((rms(x) @ matrix.T).view(T, heads, -1) for matrix in w["attn.qkv"])
             q, k = rotary(q, 10_000.0, 1.0), rotary(k, 10_000.0, 1.0)
             y = attend(q, k, v, torch.ones(T, T).tril().bool(), (D / heads) ** -0.5)
@@ -564,7 +564,7 @@ def reference_modern(weights, batch, num_layers, heads, tables, windows):
     """Loss of the modern recipe with so many value-embedding tables, in float64."""
     total, length = 0.0, batch.inputs_BT.size(1)
     document = torch.searchsorted(batch.cu_seqlens, torch.arange(batch.inputs_BT.numel()),
-                                  right=True).view(-1, length)  # fmt: skip
+                                  right=True).view(-1, length)
     for r, (row, targets) in enumerate(zip(batch.inputs_BT.long(), batch.targets_BT, strict=True)):
         x = x0 = rms(weights["embed.weight"][row])
         T, D = x.shape
@@ -602,12 +602,12 @@ def assert_same_loss_and_gradients(model, batch, windows, reference, *settings):
     expected.backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad.double(), weights[name].grad, atol=1e-4, rtol=1e-4,
-                                   msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_baseline_equals_an_independent_implementation_forward_and_backward():
     args = baseline_args(row_length=64, vocab_size=256, num_layers=3, num_heads=4, model_dim=32,
-                         dtype="float32")  # fmt: skip
+                         dtype="float32")
     model, windows = wake_up(GPT(args), scale=2), train_gpt.attention_windows(0, args)
     assert_same_loss_and_gradients(model, random_batch(args), windows, reference_baseline, 3, 4)
 
@@ -619,4 +619,4 @@ def test_the_modern_recipe_equals_an_independent_implementation_forward_and_back
     args = tiny_args(num_layers=layers, value_embeddings=tables)
     batch = random_batch(args, lengths=LENGTHS)
     assert_same_loss_and_gradients(build(args), batch, (5, 11), reference_modern, layers, 2,
-                                   tables, (5, 11))  # fmt: skip
+                                   tables, (5, 11))

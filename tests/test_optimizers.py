@@ -31,12 +31,12 @@ def matrix_with(singular_values, rows, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     n = len(singular_values)
     U, V = (torch.linalg.qr(torch.randn(size, n, generator=generator).double())[0]
-            for size in (rows, columns))  # fmt: skip
+            for size in (rows, columns))
     return U @ torch.diag(torch.as_tensor(singular_values).double()) @ V.T, U, V
 
 
 @pytest.mark.parametrize("iteration, low, high", [("polar-express", 0.83, 1.17),
-                                                  ("newton-schulz", 0.65, 1.2)])  # fmt: skip
+                                                  ("newton-schulz", 0.65, 1.2)])
 @pytest.mark.parametrize("rows, columns", [(24, 24), (24, 60), (60, 24)])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 def test_singular_values_end_near_one_and_the_vectors_stay(
@@ -93,9 +93,9 @@ def test_adam_equals_torchs_adamw(betas, eps):
     theirs = [[torch.nn.Parameter(p.detach().clone()) for p in group] for group in ours]
     lrs = [0.02, 0.1]
     adam = Adam([dict(params=named(g), lr=lr) for g, lr in zip(ours, lrs, strict=True)], 0, 1,
-                fuse=False, betas=betas, eps=eps, weight_decay=0.1)  # fmt: skip
+                fuse=False, betas=betas, eps=eps, weight_decay=0.1)
     adamw = torch.optim.AdamW([dict(params=g, lr=lr) for g, lr in zip(theirs, lrs, strict=True)],
-                              betas=betas, eps=eps, weight_decay=0.1)  # fmt: skip
+                              betas=betas, eps=eps, weight_decay=0.1)
     for step in range(15):
         for groups in zip(adam.param_groups, adamw.param_groups, strict=True):
             for group in groups:
@@ -120,7 +120,7 @@ def test_muon_equals_the_hand_computation(shape, scale, nesterov, iteration):
     ours = parameters(shape, (2, *shape))  # three matrices
     expected = torch.cat([p.detach().clone().view(-1, *shape) for p in ours])
     muon = Muon([dict(params=named(ours), lr=0.1)], 0, 1, momentum=0.9, nesterov=nesterov,
-                iteration=iteration, weight_decay=0.5)  # fmt: skip
+                iteration=iteration, weight_decay=0.5)
     buffer = torch.zeros(3, *shape)
     for momentum, lr in ((0.9, 0.1), (0.8, 0.05), (0.8, 0.2)):
         muon.param_groups[0].update(momentum=momentum, lr=lr)
@@ -164,7 +164,7 @@ def expected_lr(name):
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
 def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(optimizer, tied):
     args = tiny_args(num_layers=4, value_embeddings=2, optimizer=optimizer, tied_head=tied,
-                     muon_momentum=0.9, muon_nesterov=False, weight_decay=0.3, **LRS)  # fmt: skip
+                     muon_momentum=0.9, muon_nesterov=False, weight_decay=0.3, **LRS)
     model = build(args)
     found = groups_of(model, args)
     assert set(found) == {name for name, _ in model.named_parameters()}
@@ -213,7 +213,7 @@ def test_an_added_parameter_is_optimised_too():
     model = Scaled(args)
     assert groups_of(model, args)["unused"][1]["lr"] == 0.04
     train_step(model, build_optimizers(model, args), [random_batch(args, rows=8)], 0, args,
-               ONE_RANK)  # fmt: skip
+               ONE_RANK)
     assert (model.unused != 1).all()
 
 
@@ -225,7 +225,7 @@ def training_args(**overrides):
     """3 layers and 253 tokens: neither matrices nor numbers can be shared out evenly."""
     settings = dict(num_layers=3, vocab_size=253, model_dim=20, num_heads=1, mlp_ratio=3,
                     document_masking=False, zero_init_projections=False, window_start=32,
-                    window_end=32, weight_decay=0.1, device_batch_size=64, **LRS)  # fmt: skip
+                    window_end=32, weight_decay=0.1, device_batch_size=64, **LRS)
     return tiny_args(**settings | overrides)
 
 
@@ -253,7 +253,7 @@ def shard(tmp_path_factory):
 def on_one_rank(shard):
     torch.manual_seed(0)
     return {optimizer: train_steps(ONE_RANK, training_args(optimizer=optimizer), shard)
-            for optimizer in ("muon", "adam")}  # fmt: skip
+            for optimizer in ("muon", "adam")}
 
 
 def assert_same_training(got, expected):
@@ -281,7 +281,7 @@ def test_the_sizes_of_these_tests_do_not_share_out_evenly():
     uneven = [sum(p.numel() if p.ndim < 2 or "embed" in name else len(p.view(-1, *p.shape[-2:]))
                   for name, p in zip(group["param_names"], group["params"], strict=True))
               for optimizer in build_optimizers(build(args), args)
-              for group in optimizer.param_groups]  # fmt: skip
+              for group in optimizer.param_groups]
     assert any(units % 2 for units in uneven)
 
 
@@ -324,7 +324,7 @@ def test_training_lowers_the_loss():
     model, batch = build(args, awake=False), random_batch(args, rows=8)
     optimizers = build_optimizers(model, args)
     losses = [train_step(model, optimizers, [batch], step, args, ONE_RANK).item()
-              for step in range(12)]  # fmt: skip
+              for step in range(12)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -337,4 +337,4 @@ def test_a_step_uses_the_schedule_of_its_number():
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(0.4 * group["initial_lr"])
     assert optimizers[1].param_groups[0]["momentum"] == pytest.approx(
-        train_gpt.muon_momentum(1, dataclasses.replace(args)))  # fmt: skip
+        train_gpt.muon_momentum(1, dataclasses.replace(args)))

@@ -166,7 +166,7 @@ def test_the_log_has_every_hyperparameter_with_its_final_value(tiny):
     args = train_gpt.parse_hyperparameters(
         [*TINY, "--run_id=my.run", "--train_steps=5", "--log_every=2", f"--log_dir={folder}",
          "--kernel_warmup=false"]
-    )  # fmt: skip
+    )
     assert logged == {name: str(value) for name, value in vars(args).items()}
     assert logged["recipe"] == "sample" and logged["embed_lr"] == "0.5"  # not the default
 
@@ -195,7 +195,7 @@ def test_step_lines_are_in_order_and_their_times_rise(tiny):
     numbers, times, averages = zip(
         *((int(line.split(":")[1].split("/")[0]), int(re.search(r"train_time:(\d+)", line)[1]),
            float(re.search(r"step_avg:(.*)ms", line)[1])) for line in tiny.steps), strict=True,
-    )  # fmt: skip
+    )
     assert list(numbers) == sorted(numbers)
     assert list(times) == sorted(times)
     assert times[0] <= 5  # the clock starts at step 0
@@ -253,7 +253,7 @@ def test_the_loss_curve_shows_every_loss(tmp_path, monkeypatch):
         axes = shown[number].axes[0]
         train, val = axes.lines[:2]
         assert list(zip(train.get_xdata(), train.get_ydata(), strict=True)) == [
-            (1, 10.8), (2, 10), (3, 9), (4, 8)]  # fmt: skip
+            (1, 10.8), (2, 10), (3, 9), (4, 8)]
         assert list(zip(val.get_xdata(), val.get_ydata(), strict=True)) == val_losses
         low, high = axes.get_ylim()
         assert low < min(args.target, val_losses[-1][1]) and val_losses[-1][1] < high
@@ -307,7 +307,7 @@ def test_a_run_off_the_claim_of_its_track_says_why_it_is_no_record(tmp_path):
     )
     header = run.log.split("=" * 100)[-2]
     for name, value in (("data_path", str(folder)), ("target", "11.0"), ("val_tokens", "512"),
-                        ("token_budget", "9999")):  # fmt: skip
+                        ("token_budget", "9999")):
         assert re.search(rf"^not a record: {name} is {re.escape(value)} ", header, re.MULTILINE)
         assert f"{name} is {value} " in verdict.split("not a record: ")[1]
     assert verdict in run.out
@@ -319,7 +319,7 @@ def test_the_verdict_names_the_first_validation_that_reached_the_target(tmp_path
     [line] = [line for line in run.steps if line.startswith("step:2/4 val_loss")]
     milliseconds = int(re.search(r"train_time:(\d+)ms", line)[1])
     verdict = re.match(r"target 7.2 of track sample reached: val_loss 7.20000 at step 2, "
-                       r"train_time (\S+)s", run.log.splitlines()[-1])  # fmt: skip
+                       r"train_time (\S+)s", run.log.splitlines()[-1])
     assert 1000 * float(verdict[1]) == pytest.approx(milliseconds, abs=1)
 
 
@@ -372,7 +372,7 @@ def test_validating_more_often_changes_no_training(usual, tmp_path):
     "option",
     ["device_batch_size=64", "device_batch_size=256", "val_batch_size=64", "val_batch_size=384",
      "loss_chunk_size=50"],
-)  # fmt: skip
+)
 def test_options_of_memory_leave_the_losses_alone(option, usual, tmp_path):
     run = run_main(tmp_path, AWAKE, f"--{option}")
     assert run.train_losses == pytest.approx(usual.train_losses, abs=1e-5)
@@ -413,7 +413,7 @@ def test_a_micro_batch_that_does_not_fit_names_those_that_do(tmp_path):
     assert fits.status == 0
     for size in named:
         args = train_gpt.parse_hyperparameters(
-            [*TINY, "--batch_size=768", f"--device_batch_size={size}"])  # fmt: skip
+            [*TINY, "--batch_size=768", f"--device_batch_size={size}"])
         train_gpt.check_accumulation(args, 1)
 
 
@@ -465,7 +465,7 @@ def make_data(folder: Path, train_tokens=4096, val_tokens=1024) -> Path:
     for number, (name, tokens) in enumerate(
         {"a_train_000001": train_tokens, "a_train_000002": train_tokens,
          "a_val_000000": val_tokens}.items()
-    ):  # fmt: skip
+    ):
         documents = random_documents(number, tokens // 20, 60, vocab_size=50_000)
         write_shard(folder / f"{name}.bin", documents)
     return folder
@@ -549,7 +549,7 @@ def test_a_shard_that_breaks_during_the_run_stops_it_with_a_message(tmp_path):
     folder = make_data(tmp_path / "data", train_tokens=400)
     per_shard = train_gpt.inspect_shard(
         folder / "a_train_000001.bin", train_gpt.parse_hyperparameters(TINY), True
-    ).num_rows // 4  # fmt: skip
+    ).num_rows // 4
     assert 0 < per_shard < 4
 
     def plan_then_break(args):
@@ -562,7 +562,7 @@ def test_a_shard_that_breaks_during_the_run_stops_it_with_a_message(tmp_path):
     run = run_main(
         tmp_path, f"--data_path={folder}", f"--train_steps={per_shard + 1}", "--val_loss_every=1",
         plan_data=plan_then_break,
-    )  # fmt: skip
+    )
     check_failed(run, "a_train_000002.bin")
     assert val_texts(run.log)  # what was measured before
 
@@ -739,7 +739,7 @@ def stopped(tmp_path_factory) -> dict[int, tuple[subprocess.CompletedProcess, st
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             # A shell that starts the tests in the background makes them ignore Ctrl-C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
         runs[number] = process, log
     try:
         for number, (process, log) in runs.items():
@@ -804,7 +804,7 @@ def test_wandb_is_imported_only_when_asked_for(tmp_path):
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, *TINY, "--train_steps=1"], cwd=tmp_path,
                           env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
+                          timeout=120)
     assert done.stdout.splitlines()[-1] == "False 0", done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs"]
 

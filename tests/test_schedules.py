@@ -58,7 +58,7 @@ def test_the_modern_recipe_is_flat_and_then_falls_to_its_final_share():
 @pytest.mark.parametrize("fractions", [(0, 0), (0, 1), (1, 0), (0.5, 0.5), (0.01, 0.01)])
 def test_learning_rates_stay_within_0_and_1_in_the_shortest_runs(train_steps, fractions):
     args = dataclasses.replace(MODERN, train_steps=train_steps, warmup_frac=fractions[0],
-                               cooldown_frac=fractions[1])  # fmt: skip
+                               cooldown_frac=fractions[1])
     for step in range(train_steps):
         assert 0 < lr_multiplier(step, args) <= 1
         assert 0.85 <= muon_momentum(step, args) <= 0.95
@@ -102,7 +102,7 @@ def test_no_window_means_no_limit_at_every_step():
 def test_every_group_follows_the_schedule_from_its_own_learning_rate():
     args = tiny_args(train_steps=100, warmup_frac=0.1, cooldown_frac=0.5, final_lr_frac=0.2,
                      muon_momentum=0.9, matrix_lr=0.1, embed_lr=0.2, head_lr=0.3,
-                     scalar_lr=0.4)  # fmt: skip
+                     scalar_lr=0.4)
     optimizers = build_optimizers(build(args), args)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     initial = [group["lr"] for group in groups]
