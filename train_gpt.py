@@ -325,7 +325,7 @@ def check_shard(path: Path) -> int:
     expected, size = 4 * SHARD_HEADER_INTS + 2 * int(header[2]), Path(path).stat().st_size
     if size != expected:
         raise RunError(f"{path} has {size:,} bytes, but its header promises {expected:,}: "
-                         f"it is truncated or damaged; fetch it again")
+                       f"it is truncated or damaged; fetch it again")
     if header[2] < 2:
         raise RunError(f"{path} is empty")
     return int(header[2])
@@ -341,9 +341,7 @@ class MicroBatch(NamedTuple):
     whole_rows: bool  # each row is one sequence
 
     def to(self, device: torch.device) -> "MicroBatch":
-        inputs, targets, cu_seqlens = (
-            tensor.to(device, non_blocking=True) for tensor in self[:3]
-        )
+        inputs, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in self[:3])
         # One compiled graph serves every number of sequences, and none is made for other shapes.
         torch._dynamo.mark_static(inputs)
         torch._dynamo.mark_static(targets)
@@ -366,7 +364,7 @@ class TokenRows:
         self.tokens = np.fromfile(path, dtype="<u2", offset=4 * SHARD_HEADER_INTS)
         if (largest := int(self.tokens.max())) >= args.vocab_size:
             raise RunError(f"{path} holds token {largest}, outside the vocabulary of "
-                             f"{args.vocab_size:,}")
+                           f"{args.vocab_size:,}")
         self.row_length = args.row_length
         self.max_length, self.whole_rows = args.row_length, not args.document_masking
         row_starts = np.arange(0, len(self.tokens) - args.row_length, args.row_length)
@@ -377,7 +375,7 @@ class TokenRows:
         documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
         if not len(documents):
             raise RunError(f"{path} holds no document start (token {DOCUMENT_START}); with such "
-                             f"data use --document_masking false")
+                           f"data use --document_masking false")
         if training:
             self.max_length = min(args.max_document_length, args.row_length)
             self._pack(documents)
@@ -1098,7 +1096,7 @@ def set_schedules(optimizers: list[ShardedOptimizer], step: int, args: Hyperpara
 
 @torch.no_grad()
 def evaluate(
-    model: Callable, shards: list[ShardInfo], args: Hyperparameters, windows: tuple[int, int],
+    model: Callable, shards: list[TokenRows], args: Hyperparameters, windows: tuple[int, int],
     ranks: Ranks,
 ) -> float:
     """Mean cross entropy, nats per token, over exactly the first `val_tokens` validation tokens.
@@ -1109,8 +1107,7 @@ def evaluate(
     rows_per_batch = args.val_batch_size // args.row_length
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     rows_left, batch_index = args.val_tokens // args.row_length, 0
-    for shard in shards:
-        rows = TokenRows(shard.path, args, training=False)
+    for rows in shards:
         usable = min(rows.num_rows, rows_left)
         rows_left -= usable
         for row in range(0, usable, rows_per_batch):
@@ -1558,6 +1555,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
     else:
         log("warm-up: none")
     batches = prefetch(train_batches([shard.path for shard in train_shards], args, ranks))
+    val_data = [TokenRows(shard.path, args, training=False) for shard in val_shards]
     clock = Clock(ranks.device)
     progress = Progress(args, ranks, log, clock, wandb)
     clock.start()
@@ -1567,7 +1565,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
             progress.finish_step()
             clock.stop()
             windows = attention_windows(step, args)
-            progress.validated(step, evaluate(compiled, val_shards, args, windows, ranks))
+            progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
             if is_last:
                 break
             clock.start()

@@ -18,7 +18,15 @@ from conftest import (
 )
 
 import train_gpt
-from train_gpt import MicroBatch, build_optimizers, evaluate, plan_data, train_step, warm_up
+from train_gpt import (
+    MicroBatch,
+    TokenRows,
+    build_optimizers,
+    evaluate,
+    plan_data,
+    train_step,
+    warm_up,
+)
 
 WINDOWS = (16, 32)
 
@@ -40,9 +48,13 @@ def stream_args(folder, **overrides):
     return val_args(data_path=folder, document_masking=False, **overrides)
 
 
-def val_loss(ranks, args, windows=WINDOWS):
+def val_data(args):
     _, shards = plan_data(args)
-    return evaluate(build(args), shards, args, windows, ranks)
+    return [TokenRows(shard.path, args, training=False) for shard in shards]
+
+
+def val_loss(ranks, args, windows=WINDOWS):
+    return evaluate(build(args), val_data(args), args, windows, ranks)
 
 
 def row_batch(tokens, start, length):
@@ -117,7 +129,7 @@ def val_losses(ranks, args_list):
     """(loss, rows that this rank computed) for each of several batch sizes."""
     results = []
     for args in args_list:
-        model, (_, shards) = Counter(build(args)), plan_data(args)
+        model, shards = Counter(build(args)), val_data(args)
         results.append((evaluate(model, shards, args, WINDOWS, ranks), model.rows))
     return results
 
@@ -169,7 +181,7 @@ def test_evaluation_leaves_everything_as_it_was(stream):
     train_step(model, optimizers, [random_batch(args, rows=8)], 0, args, ONE_RANK)
     model(random_batch(args), (0, 0)).backward()
     before = snapshot(model, optimizers)
-    _, shards = plan_data(args)
+    shards = val_data(args)
     first = evaluate(model, shards, args, WINDOWS, ONE_RANK)
     assert_identical(snapshot(model, optimizers), before)
     assert evaluate(model, shards, args, WINDOWS, ONE_RANK) == first
