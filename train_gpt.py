@@ -262,6 +262,8 @@ def find_problem(args: Hyperparameters) -> str | None:
     for name in ("value_embeddings", "val_loss_every", "window_start", "logit_softcap"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
+    if args.logit_softcap > 70:  # exp(70) * vocab_size is about the largest float32
+        return f"--logit_softcap must be at most 70, got {args.logit_softcap}"
     for name in ("batch_size", "device_batch_size", "val_batch_size", "val_tokens"):
         if getattr(args, name) % args.row_length:
             return (f"--{name} {getattr(args, name)} must be a multiple of --row_length "
@@ -864,7 +866,7 @@ def chunk_loss(x_ND, weight, vocab_size: int, targets_N, softcap: float):
     if softcap:
         # Gemma 2's cap * tanh(z / cap), plus cap. The bound makes a pass for the maximum needless.
         z = z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap)
-        log_total = (z - 2 * softcap).exp_().sum(-1, keepdim=True).log() + 2 * softcap
+        log_total = (z - softcap).exp_().sum(-1, keepdim=True).log() + softcap
     else:
         log_total = torch.logsumexp(z, dim=-1, keepdim=True)
     target_logit = z.gather(1, targets_N.long()[:, None])

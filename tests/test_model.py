@@ -309,9 +309,16 @@ def test_the_chunked_loss_equals_cross_entropy_forward_and_backward(softcap, chu
 
 def test_the_chunked_loss_does_not_overflow():
     x, weight = torch.full((4, 2), 100.0), torch.tensor([[100.0, 100.0], [-100.0, 0.0]])
-    for softcap, expected in ((0.0, 4 * 30_000.0), (15.0, 4 * 30.0), (90.0, 4 * 180.0)):
+    for softcap, expected in ((0.0, 4 * 30_000.0), (15.0, 4 * 30.0), (70.0, 4 * 140.0)):
         loss = linear_cross_entropy(x, weight, torch.ones(4).int(), softcap, 3)
         assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0, 70.0])
+def test_equal_logits_lose_the_log_of_the_vocabulary_whatever_the_cap(softcap):
+    x, weight = torch.zeros(3, 8), torch.randn(50_257, 8)
+    loss = linear_cross_entropy(x, weight, torch.arange(3).int(), softcap, 2)
+    assert loss.item() / 3 == pytest.approx(math.log(50_257), rel=1e-6)
 
 
 def test_the_model_returns_the_sum_over_all_tokens():
