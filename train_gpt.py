@@ -130,6 +130,16 @@ class Hyperparameters:
     def rows_per_step(self) -> int:
         return self.batch_size // self.row_length
 
+    @property
+    def max_train_length(self) -> int:
+        """Tokens in the longest sequence of a training row."""
+        if not self.document_masking:
+            return self.row_length
+        return min(self.max_document_length, self.row_length)
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        return self.batch_size // self.device_batch_size // world_size
+
 
 # The one-GPU benchmark's AdamW baseline; it descends from llm.c's train_gpt2.py.
 BASELINE = dict(
@@ -379,7 +389,7 @@ class TokenRows:
             raise RunError(f"{path} holds no document start (token {DOCUMENT_START}); with such "
                            f"data use --document_masking false")
         if training:
-            self.max_length = min(args.max_document_length, args.row_length)
+            self.max_length = args.max_train_length
             self._pack(documents)
         else:
             end = len(row_starts) * args.row_length
@@ -430,16 +440,22 @@ class ShardInfo(NamedTuple):
 
 def inspect_shard(path: Path, args: Hyperparameters, training: bool) -> ShardInfo:
     """Read a shard through: its rows, and its size and hash for the log. RunError if bad."""
-    num_rows = TokenRows(path, args, training).num_rows
+    rows = TokenRows(path, args, training)
     with open(path, "rb") as file:
-        return ShardInfo(path, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(),
-                         num_rows)
+        sha256 = hashlib.sha256(file.read(4 * SHARD_HEADER_INTS))
+    sha256.update(rows.tokens)
+    return ShardInfo(path, path.stat().st_size, sha256.hexdigest(), rows.num_rows)
 
 
 def data_folder(args: Hyperparameters) -> Path:
     """Where the shards are: `data_path` as given, else beside this file."""
     path = Path(args.data_path)
     return path if path.is_dir() else Path(__file__).resolve().parent / args.data_path
+
+
+def find_shards(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Training and validation shards in a folder, in the order of their names."""
+    return sorted(folder.glob("*_train_*.bin")), sorted(folder.glob("*_val_*.bin"))
 
 
 def estimate_shards(args: Hyperparameters) -> int:
@@ -475,7 +491,7 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
     a validation shard under another name.
     """
     folder = data_folder(args)
-    train_paths, val_paths = (sorted(folder.glob(f"*_{kind}_*.bin")) for kind in ("train", "val"))
+    train_paths, val_paths = find_shards(folder)
     fetch = "python data/cached_fineweb10B.py"
     for kind, paths in (("train", train_paths), ("val", val_paths)):
         if not paths:
@@ -538,7 +554,7 @@ def prefetch(items: Iterable, depth: int = 2) -> Iterator:
             for item in items:
                 queue.put((item, None))
             queue.put((end, None))
-        except BaseException as error:  # noqa: BLE001  raised by the consumer
+        except BaseException as error:  # raised by the consumer
             queue.put((end, error))
 
     threading.Thread(target=work, daemon=True).start()
@@ -556,9 +572,7 @@ def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -
     generator = torch.Generator().manual_seed(args.seed)
     shape = (num_tokens // args.row_length, args.row_length)
     inputs, targets = torch.randint(args.vocab_size, (2, *shape), generator=generator).int()
-    max_length = args.row_length
-    if args.document_masking and training:
-        max_length = min(args.max_document_length, args.row_length)
+    max_length = args.max_train_length if training else args.row_length
     cu_seqlens = torch.arange(0, num_tokens + 1, max_length, dtype=torch.int32)
     if cu_seqlens[-1] < num_tokens:
         cu_seqlens = torch.cat([cu_seqlens, torch.tensor([num_tokens], dtype=torch.int32)])
@@ -567,7 +581,6 @@ def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -
 
 # -----------------------------------------------------------------------------
 # Model. Shapes: B rows, T tokens in a row, D model_dim, H heads, K head_dim, V vocabulary
-
 
 SDPA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
                  SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fastest first
@@ -748,6 +761,8 @@ class GPT(nn.Module):
     def __init__(self, args: Hyperparameters, attention: Callable = sdpa_attention):
         super().__init__()
         self.args = args
+        self.dtype = getattr(torch, args.dtype)
+        self.residual_dtype = getattr(torch, args.residual_dtype)
         L, n = args.num_layers, args.value_embeddings
         self.embed = nn.Embedding(args.vocab_size, args.model_dim)
         self.value_embeds = nn.ModuleList(
@@ -793,12 +808,11 @@ class GPT(nn.Module):
         """
         args = self.args
         inputs_BT = batch.inputs_BT
-        x = self.embed(inputs_BT).to(getattr(torch, args.residual_dtype))
+        x = self.embed(inputs_BT).to(self.residual_dtype)
         if args.norm_embed:
             x = norm(x, args.norm_eps)
         x0, skips = x, []
-        value_tables = [table(inputs_BT).to(getattr(torch, args.dtype))
-                        for table in self.value_embeds]
+        value_tables = [table(inputs_BT).to(self.dtype) for table in self.value_embeds]
         for i, block in enumerate(self.blocks):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
@@ -808,7 +822,7 @@ class GPT(nn.Module):
             x = block(x, x0, self.rotary, batch, window, value_embedding)
             if self.skip_lambdas is not None and i < args.num_layers // 2:
                 skips.append(x)
-        x = norm(x, args.norm_eps).to(getattr(torch, args.dtype))
+        x = norm(x, args.norm_eps).to(self.dtype)
         head = self.embed.weight if self.head is None else self.head
         return linear_cross_entropy(x.flatten(0, 1), head, batch.targets_BT.flatten(),
                                     args.logit_softcap, args.loss_chunk_size)
@@ -1028,8 +1042,14 @@ def build_optimizers(
     lrs = dict(embed=args.embed_lr, head=args.head_lr, scalar=args.scalar_lr, matrix=args.matrix_lr)
     adam_groups, muon_groups = {}, {}
     for name, p in model.named_parameters():
-        kind = "embed" if "embed" in name and p.ndim == 2 else name if name == "head" else "matrix"
-        kind = "scalar" if p.ndim < 2 else kind
+        if p.ndim < 2:
+            kind = "scalar"
+        elif name == "head":
+            kind = "head"
+        elif "embed" in name:
+            kind = "embed"
+        else:
+            kind = "matrix"
         use_muon = kind == "matrix" and args.optimizer == "muon"
         groups, key = (muon_groups, p.shape[-2:]) if use_muon else (adam_groups, kind)
         groups.setdefault(key, dict(params=[], lr=lrs[kind]))["params"].append((name, p))
@@ -1222,10 +1242,9 @@ def log_header(
     parameters = sum(p.numel() for p in model.parameters())
     head = model.embed.weight if model.head is None else model.head
     active = head.numel() + sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
-    accumulation = args.batch_size // args.device_batch_size // ranks.world_size
     log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
-    log(f"tokens per step: {args.batch_size:,} = {ranks.world_size} ranks x {accumulation} "
-        f"micro-batches x {args.device_batch_size:,}")
+    log(f"tokens per step: {args.batch_size:,} = {ranks.world_size} ranks x "
+        f"{args.grad_accum_steps(ranks.world_size)} micro-batches x {args.device_batch_size:,}")
     log(f"attention: {attention}")
     for reason in reasons_not_a_record(args, ranks.world_size):
         log(f"not a record: {reason}")
@@ -1492,15 +1511,15 @@ def warm_up(
 ) -> None:
     """Compile and run everything once on random tokens, then undo it to the last bit."""
     saved = copy.deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
-    accumulation = args.batch_size // args.device_batch_size // ranks.world_size
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
+    micro_batches = [train_batch] * args.grad_accum_steps(ranks.world_size)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
         # The second windows make the compiler treat windows as variable from then on.
         for step in (0, args.train_steps - 1):
             with torch.no_grad(), memory_advice(args, "val_batch_size"):
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
-            train_step(compiled, optimizers, [train_batch] * accumulation, step, args, ranks)
+            train_step(compiled, optimizers, micro_batches, step, args, ranks)
     model.load_state_dict(saved[0])
     for optimizer, state in zip(optimizers, saved[1:], strict=True):
         optimizer.load_state_dict(state)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from cached_fineweb10B import SHARD_BYTES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_gpt import (
@@ -26,6 +27,7 @@ from train_gpt import (
     check_shard,
     data_folder,
     estimate_shards,
+    find_shards,
     parse_hyperparameters,
 )
 
@@ -57,8 +59,8 @@ class Report:
 
 
 def check_versions(report: Report) -> None:
-    found = sys.version_info[:2], tuple(int(n) for n in torch.__version__.split(".")[:2])
-    old = found < (MIN_PYTHON, MIN_TORCH) or found[1] < MIN_TORCH
+    torch_version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    old = sys.version_info < MIN_PYTHON or torch_version < MIN_TORCH
     report.line("versions", f"Python {platform.python_version()}, torch {torch.__version__}, "
                 f"CUDA {torch.version.cuda}",
                 "Python 3.11 and torch 2.11 or newer are needed" if old else None)
@@ -114,8 +116,7 @@ def check_data(report: Report, args: Hyperparameters) -> int:
     folder, needed = data_folder(args), estimate_shards(args)
     official = args.data_path == TRACKS["single-gpu"]["data_path"]
     present, broken, missing_bytes = 0, [], 0
-    train = sorted(folder.glob("*_train_*.bin"))
-    val = sorted(folder.glob("*_val_*.bin"))
+    train, val = find_shards(folder)
     for path in [*train, *val]:
         try:
             check_shard(path)
@@ -125,7 +126,7 @@ def check_data(report: Report, args: Hyperparameters) -> int:
     problem = "; ".join(broken) or None
     if official:
         missing = max(0, needed - present) + (not val)
-        missing_bytes = missing * 200_001_024
+        missing_bytes = missing * SHARD_BYTES
         if missing and not broken:
             problem = (f"run.sh will download {missing} shards ({missing_bytes / 1e9:.1f} GB), or: "
                        f"python data/cached_fineweb10B.py {needed}")

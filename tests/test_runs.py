@@ -788,7 +788,8 @@ def test_a_stopped_run_ends_its_log_and_says_so(stopped, number, status, word):
 
 
 def test_wandb_gets_every_loss_where_nobody_is_logged_in(tmp_path):
-    env = {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    env = {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path),
+           "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = run_train(*TINY, "--log_wandb", "--wandb_project=tests", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     [record] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
