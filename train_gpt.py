@@ -1201,7 +1201,7 @@ class Log:
 
 
 def describe_machine(device: torch.device) -> str:
-    """Versions, processor or GPU, nvidia-smi and the git commit, one fact a line."""
+    """Date, versions, processor or GPU, nvidia-smi, settings and git commit, one fact a line."""
 
     def run(*command: str) -> str:
         try:
@@ -1212,13 +1212,19 @@ def describe_machine(device: torch.device) -> str:
             return ""
 
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    lines = [f"{versions}, CUDA {torch.version.cuda}, numpy {np.__version__}", platform.platform()]
+    lines = [time.strftime("date: %Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+             f"{versions}, CUDA {torch.version.cuda}, numpy {np.__version__}", platform.platform()]
     if device.type == "cuda":
         lines.append(f"GPU: {torch.cuda.get_device_name(device)}")
         lines.append(run("nvidia-smi"))
     else:
         lines.append(f"CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
                      f"{torch.get_num_threads()} threads")
+    # Settings that reach the compiler and its kernels from outside of this file, but no paths.
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items())
+                if re.match("TORCH(INDUCTOR|DYNAMO|_)|PYTORCH_|TRITON_|CUBLAS_|CUDNN_|NCCL_", name)
+                and not re.search("(DIR|HOME|PATH)$", name)]
+    lines.append(f"environment: {' '.join(settings) or 'no settings'}")
     commit = run("git", "rev-parse", "HEAD")
     dirty = "with uncommitted changes" if run("git", "status", "--porcelain") else "clean"
     lines.append(f"git commit: {commit} ({dirty})" if commit else "git commit: none")

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -148,6 +149,26 @@ def test_the_log_names_versions_machine_and_commit(tiny):
     else:
         assert re.fullmatch(r"[0-9a-f]{40} \((clean|with uncommitted changes)\)", commit)
         assert commit.startswith(git.stdout.strip())
+
+
+def test_the_log_names_the_date_in_utc(tiny):
+    [date] = re.findall(r"^date: (.*) UTC$", tiny.log, re.MULTILINE)
+    age = datetime.now(UTC) - datetime.fromisoformat(date + "+00:00")
+    assert timedelta(0) <= age < timedelta(hours=1)
+
+
+def test_the_log_names_settings_of_the_compiler_that_come_from_outside(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("TORCH", "PYTORCH_", "TRITON_", "CUBLAS_", "CUDNN_", "NCCL_")):
+            monkeypatch.delenv(name)
+    cpu = torch.device("cpu")
+    assert "\nenvironment: no settings\n" in train_gpt.describe_machine(cpu)
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/home/somebody/cache")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert ("\nenvironment: PYTORCH_ALLOC_CONF=expandable_segments:True "
+            "TORCHINDUCTOR_MAX_AUTOTUNE=1\n") in train_gpt.describe_machine(cpu)
 
 
 def test_the_log_names_the_data_with_sizes_and_hashes(tiny):
