@@ -1,0 +1,151 @@
+"""./run.sh attempt: several seeds, checked, compared, and put into a record folder."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_commands import TINY, environment
+
+SHORT = [option for option in TINY if not option.startswith("--run_id")]
+LONGER = [*SHORT, "--train_steps=400", "--model_dim=256"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """What a run needs of this repository, so that nothing is written into it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("train_gpt.py", "run.sh", "requirements.txt", "data", "records"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(
+                "20*", "*10B", "__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def attempt(checkout: Path, *options, **variables) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(checkout / "run.sh"), "attempt", *map(str, options)], cwd=checkout, text=True,
+        env=environment(**variables), capture_output=True, timeout=240, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def two_runs(checkout):
+    """A finished attempt after a baseline run of the same machine."""
+    baseline = subprocess.run(
+        ["bash", "run.sh", "baseline", *SHORT, "--run_id=base"], cwd=checkout, env=environment(),
+        capture_output=True, text=True, timeout=240)
+    assert baseline.returncode == 0, baseline.stderr
+    return attempt(checkout, "-n", 2, "--run_id=two", "--seed=5", "--name=Tiny", "--by=Ada",
+                   "--description=A tiny model", *SHORT)
+
+
+def test_each_run_has_its_seed_and_its_log(checkout, two_runs):
+    for seed in (5, 6):
+        log = (checkout / "logs" / f"two-seed{seed}.txt").read_text()
+        assert f"\nhyperparameter seed: {seed}\n" in log and "\nstep:2/2 val_loss:" in log
+
+
+def test_the_rules_are_checked_and_the_status_says_that_it_is_no_record(two_runs):
+    assert re.search(r"^two-seed6\.txt +6 +2 +512 ", two_runs.stdout, re.MULTILINE)
+    assert re.search(r"^marks +fail +two-seed5\.txt: not a record: ", two_runs.stdout, re.MULTILINE)
+    assert "verdict: not a record of sample: " in two_runs.stdout
+    assert two_runs.returncode == 1
+
+
+def test_it_is_compared_with_the_baseline_of_this_machine(two_runs):
+    assert re.search(r"^baseline +base\.txt ", two_runs.stdout, re.MULTILINE)
+    assert re.search(r"^mine +two-seed5\.txt ", two_runs.stdout, re.MULTILINE)
+    assert re.search(r"mean time .* as fast$", two_runs.stdout, re.MULTILINE)
+    assert "NOT COMPARABLE" not in two_runs.stdout
+
+
+def test_the_folder_is_filled_in_and_a_failure_goes_to_the_negative_ones(checkout, two_runs):
+    [folder] = (checkout / "records" / "negative").iterdir()
+    record = json.loads((folder / "record.json").read_text())
+    assert folder.name == f"{record['date']}_Tiny" and record["contributors"] == ["Ada"]
+    assert record["description"] == "A tiny model" and record["runs_attempted"] == 2
+    assert record["logs"] == ["two-seed5.txt", "two-seed6.txt"]
+    assert (folder / "train_gpt.py").read_text() == (checkout / "train_gpt.py").read_text()
+    for name in record["logs"]:
+        assert (folder / name).read_bytes() == (checkout / "logs" / name).read_bytes()
+    assert f"made {folder}" in two_runs.stdout
+
+
+def test_without_a_name_and_a_terminal_the_command_for_the_folder_is_shown(checkout):
+    done = attempt(checkout, "-n", 1, "--run_id=one", *SHORT)
+    [command] = re.findall(r"python records/record\.py .*", done.stdout)
+    assert str(checkout / "logs" / "one-seed1337.txt") in command
+    assert command.endswith("--attempted 1 --negative")
+
+
+def test_a_failing_seed_is_told_and_the_others_count(checkout):
+    (checkout / "logs").mkdir(exist_ok=True)
+    (checkout / "logs" / "taken-seed7.txt").write_text("in the way")
+    done = attempt(checkout, "-n", 2, "--run_id=taken", "--seed=7", *SHORT)
+    assert "error: seed 7 ended with exit status 1" in done.stderr
+    assert "taken-seed8.txt" in done.stdout and done.returncode == 1
+    assert (checkout / "logs" / "taken-seed7.txt").read_text() == "in the way"
+
+
+def test_without_any_finished_run_there_is_an_error(checkout):
+    done = attempt(checkout, "-n", 1, "--no_such_option", "3")
+    assert done.returncode == 1 and "did you mean" not in done.stdout
+    assert "no run ended well" in done.stderr and "--no_such_option" in done.stderr
+
+
+@pytest.mark.parametrize("options, words", [
+    (["-n", "0"], "-n must be at least 1, got 0"), (["--parallel"], "--parallel needs GPUs")])
+def test_wrong_options_are_refused_before_anything_runs(checkout, options, words):
+    done = attempt(checkout, *options, *SHORT)
+    assert done.returncode == 2 and words in done.stderr
+
+
+def test_ctrl_c_stops_all_seeds_and_names_the_logs(checkout):
+    process = subprocess.Popen(
+        ["bash", str(checkout / "run.sh"), "attempt", "-n", "3", "--run_id=stop", *LONGER],
+        cwd=checkout, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
+    log = checkout / "logs" / "stop-seed1337.txt"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "\nstep:1/" in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped; the logs so far: " in errors and "stop-seed" in errors
+    assert log.read_text().rstrip().endswith("stopped by Ctrl-C")
+    assert not (checkout / "logs" / "stop-seed1338.txt").exists()
+
+
+def test_side_by_side_each_run_has_a_gpu_of_its_own(checkout, tmp_path):
+    """With a stand-in for run.sh and two pretended GPUs: what each run is given."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(checkout / "records", folder / "records")
+    (folder / "run.sh").write_text(
+        '#!/bin/bash\nsleep 1\nwhile [ $# -gt 0 ]; do [ "$1" = --run_id ] && id=$2; shift; done\n'
+        'echo "$CUDA_VISIBLE_DEVICES $(date +%s.%N)" > "$OLDPWD/$id"\necho hello\nexit 1\n')
+    (folder / "run.sh").chmod(0o755)
+    (folder / "torch.py").write_text(
+        "class cuda:\n    device_count = staticmethod(lambda: 2)\n")
+    done = subprocess.run(
+        [sys.executable, str(folder / "records" / "attempt.py"), "-n", "4", "--parallel",
+         "--run_id=run"], text=True, capture_output=True, timeout=60, cwd=folder,
+        env=environment(PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES="3,5", OLDPWD=str(tmp_path)))
+    assert done.returncode == 1 and "no run ended well" in done.stderr
+    gpus = {seed: (tmp_path / f"run-seed{seed}").read_text().split()[0]
+            for seed in (1337, 1338, 1339, 1340)}
+    assert sorted(gpus.values()) == ["3", "3", "5", "5"] and gpus[1337] != gpus[1338]
+    times = sorted(float((tmp_path / f"run-seed{seed}").read_text().split()[1]) for seed in gpus)
+    assert times[1] - times[0] < 0.7 < times[2] - times[1]  # two at a time
+    assert (folder / "logs" / "run-seed1337.console").read_text() == "hello\n"
