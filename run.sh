@@ -7,13 +7,13 @@ usage() {
     cat <<'END'
 usage: ./run.sh [COMMAND] [--option value ...]
 
-  ./run.sh            train: with a GPU the single-gpu track, without one the sample track
-  ./run.sh baseline   train the AdamW baseline on this machine, for a fair comparison
-  ./run.sh attempt -n 4             train with 4 seeds, check and compare them; -h for more
-  ./run.sh submit "First Last"      bundle the repository as a submission, and check the bundle
-  ./run.sh check      look at GPUs, memory, data, disk and versions; a few seconds
-  ./run.sh test       run the test suite
-  ./run.sh help       this text
+  ./run.sh                      train: with a GPU the single-gpu track, without one the sample track
+  ./run.sh baseline             train the AdamW baseline on this machine, for a fair comparison
+  ./run.sh attempt -n 4         train with 4 seeds, check and compare them; -h for more
+  ./run.sh submit "First Last"  bundle the repository as a submission, and check the bundle
+  ./run.sh check                look at GPUs, memory, data, disk and versions; a few seconds
+  ./run.sh test                 run the test suite
+  ./run.sh help                 this text
 
 Options go to train_gpt.py (python train_gpt.py -h lists them): ./run.sh --track gpt2-small
 

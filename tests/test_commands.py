@@ -72,7 +72,7 @@ def hyperparameters(log: str) -> dict[str, str]:
 def test_help_lists_the_commands(word, tmp_path):
     done = run(word, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    for command in ("baseline", "check", "test", "help"):
+    for command in ("baseline", "attempt", "submit", "check", "test", "help"):
         assert f"./run.sh {command} " in done.stdout
     assert "NPROC" in done.stdout and "train_gpt.py -h" in done.stdout
 
