@@ -32,8 +32,8 @@ MAX_VALIDATION = 0.5  # steps; on single-gpu, a validation on the clock would ta
 # Standard deviation of final losses, for the z-test of one or two runs. Public calibrations of
 # speedruns at full length gave 0.0013 and 0.0019; this is the larger.
 SIGMA = 0.0019
-# The sample track's runs are short and scatter more: 0.0108 over 8 seeds, in records/sample. This is
-# the upper end of the 95% interval of that.
+# The sample track's runs are short and scatter more: by 0.0108 over 8 seeds, in records/sample.
+# This is the upper end of the 95% interval of that.
 SAMPLE_SIGMA = 0.022
 
 SHARD_HASHES = json.loads((Path(__file__).parent / "data_hashes.json").read_text())
