@@ -45,8 +45,7 @@ def crossing(run: Run, loss: float) -> Crossing | None:
     share = (losses[before] - loss) / gap if gap > 0 else 1.0
     step, time = (float(values[before] + share * (values[last] - values[before]))
                   for values in (steps, times))
-    return Crossing(step, time, None if run.batch_size is None else step * run.batch_size,
-                    gap if share < 1 else 0.0)
+    return Crossing(step, time, run.tokens_at(step), gap if share < 1 else 0.0)
 
 
 def default_loss(baseline: list[Run], mine: list[Run]) -> tuple[float, str]:
@@ -76,7 +75,7 @@ MUST_BE_EQUAL = {
     "validation data": lambda run: tuple(s.sha256[:12] for s in run.shards if s.kind == "val"),
 }
 TO_MENTION = {
-    "tokens per step": lambda run: run.batch_size,
+    "tokens per step": lambda run: run.batch_sizes and tuple(map(str, run.batch_sizes)),
     "train_steps": lambda run: run.train_steps,
     "optimizer": lambda run: run.hyperparameters.get("optimizer"),
 } | {f"peak {name}": lambda run, name=name: run.hyperparameters.get(name) for name in PEAK_RATES}
@@ -196,7 +195,7 @@ def plot(path: Path, baseline: list[Run], mine: list[Run], result: Comparison) -
         for index, (run, where) in enumerate(zip(runs, crossings, strict=True)):
             steps, times, losses = run.val_curve
             shown.append(losses[times > 0])
-            tokens = None if run.batch_size is None else steps * run.batch_size / 1e6
+            tokens = None if where.tokens is None else [run.tokens_at(s) / 1e6 for s in steps]
             places = None if where.tokens is None else where.tokens / 1e6
             for axis, x, cross in ((axes[0], times, where.time), (axes[1], tokens, places)):
                 if x is None:

@@ -5,6 +5,7 @@
     s:250 tel:6.1733                                                       llm.c
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -109,15 +110,27 @@ class Run:
     def seed(self) -> str | None:
         return self.hyperparameters.get("seed")
 
-    @property
-    def batch_size(self) -> int | None:
-        return self.number("batch_size") if self.hyperparameters else None
+    @cached_property
+    def batch_sizes(self) -> list[int] | None:
+        """Tokens per step in stages of equally many steps; nearly always there is one stage."""
+        stages = self.hyperparameters.get("batch_stages")
+        if stages and re.fullmatch(r"\d+(,\d+)*", stages):
+            return [int(size) for size in stages.split(",")]
+        size = self.number("batch_size") if self.hyperparameters else None
+        return None if size is None else [size]
+
+    def tokens_at(self, step: float) -> float | None:
+        """Tokens trained on until `step`, which may lie between two."""
+        if self.batch_sizes is None or self.train_steps is None:
+            return None
+        edges = [math.ceil(i * self.train_steps / len(self.batch_sizes))
+                 for i in range(len(self.batch_sizes))] + [math.inf]
+        return sum(size * max(0, min(step, end) - start) for size, start, end
+                   in zip(self.batch_sizes, edges, edges[1:], strict=False))
 
     @property
     def train_tokens(self) -> int | None:
-        if self.batch_size is None or self.train_steps is None:
-            return None
-        return self.batch_size * self.train_steps
+        return None if self.train_steps is None else self.tokens_at(self.train_steps)
 
     @property
     def world_size(self) -> int | None:

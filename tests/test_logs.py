@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import tiny_args
 from record_logs import (
     SEPARATOR,
     SOURCE,
@@ -42,7 +43,7 @@ def test_our_log_says_all_about_its_run(tmp_path):
     assert run.final_loss == 3.3758 and run.train_time == pytest.approx(20.2)
     assert run.step_avgs[-1] == pytest.approx(0.505)
     assert run.source.strip() == SOURCE.strip()
-    assert (run.seed, run.batch_size, run.train_tokens) == ("1338", 393_216, 40 * 393_216)
+    assert (run.seed, run.batch_sizes, run.train_tokens) == ("1338", [393_216], 40 * 393_216)
     assert run.number("val_tokens") == 1_048_576 and run.hyperparameters["matrix_lr"] == "0.05"
     assert (run.hardware, run.torch, run.world_size) == ("NVIDIA H200", "2.11.0+cu130", 1)
     assert [shard.name for shard in run.shards] == [
@@ -210,7 +211,7 @@ def test_a_folder_stands_for_its_logs_and_no_log_is_read_twice(tmp_path):
 
 def test_numbers_that_are_none_are_unknown(tmp_path):
     run = read_one(tmp_path, our_log(batch_size="many", val_tokens="1e6"))
-    assert run.batch_size is None and run.train_tokens is None and run.number("val_tokens") is None
+    assert run.batch_sizes is None and run.train_tokens is None and run.number("val_tokens") is None
 
 
 @pytest.mark.parametrize("line, value", [
@@ -229,3 +230,15 @@ def test_shards_of_any_folder(tmp_path):
     assert [(s.kind, s.name, s.num_bytes) for s in run.shards] == [
         ("train", "fineweb_train_000001.bin", 200_001_024),
         ("val", "fineweb_val_000000.bin", 200_001_024)]
+
+
+@pytest.mark.parametrize("train_steps", [7, 9, 10, 40])
+def test_tokens_are_counted_stage_by_stage_as_training_does(tmp_path, train_steps):
+    stages = "65536,131072,393216"
+    run = read_one(tmp_path, our_log(batch_stages=stages, train_steps=train_steps))
+    args = tiny_args(batch_stages=stages, train_steps=train_steps, token_budget=10**9)
+    sizes = [args.batch_size_at(step) for step in range(train_steps)]
+    assert run.train_tokens == args.train_tokens == sum(sizes)
+    for step in range(train_steps):
+        assert run.tokens_at(step) == sum(sizes[:step])
+        assert run.tokens_at(step + 0.25) == sum(sizes[:step]) + sizes[step] / 4
