@@ -62,6 +62,8 @@ class Hyperparameters:
     token_budget: int = 5_000_000_000  # training tokens at most
     # Data and batches
     batch_size: int = 393_216  # tokens per step, over all GPUs and micro-batches
+    batch_stages: str = ""  # instead: tokens per step in stages of equally many steps, as 512,1024
+    batch_lr_power: float = 0.5  # learning rates go with (tokens of the step / batch_size)^this
     device_batch_size: int = 49_152  # tokens per micro-batch and GPU; changes memory, not training
     val_batch_size: int = 65_536  # tokens per validation forward and GPU; changes memory only
     row_length: int = 16_384  # tokens per row; no document and no attention crosses a row
@@ -83,6 +85,8 @@ class Hyperparameters:
     norm_embed: bool = True  # RMS-normalise the token embedding
     tied_head: bool = False  # the head shares the token embedding's weight
     logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap); 0: off
+    key_offset: bool = False  # long windows: a key's unrotated part is that of the token before
+    bigram_rows: int = 0  # rows of a table of hashed token pairs that each block adds; 0: off
     value_embeddings: int = 3  # tables added to the values of the first and the last layers
     skip_connections: bool = True  # U-net: outputs of the first half added in the second half
     embed_shortcut: bool = True  # each block mixes the token embedding back in
@@ -93,9 +97,11 @@ class Hyperparameters:
     optimizer: str = "muon"  # of the hidden matrices: muon or adam; the rest is always adam
     matrix_lr: float = 0.05  # of the hidden matrices
     embed_lr: float = 0.3  # of the token and value embeddings
+    bigram_lr: float = 0.6  # of the bigram table
     head_lr: float = 0.008  # of an untied head
     scalar_lr: float = 0.04  # of the learned scalars
     muon_momentum: float = 0.95  # reached from 0.85 over the first fifth of the run
+    muon_beta2: float = 0.0  # decay of NorMuon's mean squares of each row; 0: plain Muon
     muon_nesterov: bool = True  # look one step ahead along the momentum
     muon_iteration: str = "polar-express"  # polar-express or newton-schulz
     adam_beta1: float = 0.8  # decay of the first moment
@@ -127,8 +133,23 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
     @property
-    def rows_per_step(self) -> int:
-        return self.batch_size // self.row_length
+    def stage_batch_sizes(self) -> list[int]:
+        """Tokens per step in each stage; without `batch_stages` there is one, of `batch_size`."""
+        return [int(size) for size in self.batch_stages.split(",") if size] or [self.batch_size]
+
+    def batch_size_at(self, step: int) -> int:
+        """Tokens of the step that begins at `step`, from 0 on."""
+        stages = self.stage_batch_sizes
+        return stages[min(step * len(stages) // self.train_steps, len(stages) - 1)]
+
+    def describe_batch(self) -> str:
+        """Tokens per step, for a person: "393,216", or "65,536 to 393,216"."""
+        sizes = self.stage_batch_sizes
+        return " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(map(self.batch_size_at, range(self.train_steps)))
 
     @property
     def max_train_length(self) -> int:
@@ -137,8 +158,8 @@ class Hyperparameters:
             return self.row_length
         return min(self.max_document_length, self.row_length)
 
-    def grad_accum_steps(self, world_size: int) -> int:
-        return self.batch_size // self.device_batch_size // world_size
+    def grad_accum_steps(self, step: int, world_size: int) -> int:
+        return self.batch_size_at(step) // self.device_batch_size // world_size
 
 
 # The one-GPU benchmark's AdamW baseline; it descends from llm.c's train_gpt2.py.
@@ -165,6 +186,9 @@ TINY = dict(
 # A recipe is a set of overrides of the defaults above, which are the recipe `modern`.
 RECIPES: dict[str, dict] = {
     "modern": {},
+    # In the making: what helped most in records/measurements/2026-11-21_Screening.
+    "record": dict(batch_stages="65536,131072,393216", device_batch_size=65_536, key_offset=True,
+                   bigram_rows=5 * 50_304, muon_beta2=0.9, train_steps=2_400),
     "modern-small": dict(train_steps=2_000),
     "modern-medium": dict(num_layers=16, num_heads=8, model_dim=1_024, train_steps=6_000),
     "baseline": BASELINE,
@@ -278,6 +302,12 @@ def find_problem(args: Hyperparameters) -> str | None:
         if getattr(args, name) % args.row_length:
             return (f"--{name} {getattr(args, name)} must be a multiple of --row_length "
                     f"{args.row_length}")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", args.batch_stages):
+        return f"--batch_stages must be numbers, as 65536,131072; got {args.batch_stages!r}"
+    for size in args.stage_batch_sizes:
+        if size < 1 or size % args.row_length:
+            return (f"--batch_size and --batch_stages must be multiples of --row_length "
+                    f"{args.row_length}, got {size}")
     if args.model_dim % args.num_heads or args.head_dim % 4:
         return (f"--model_dim {args.model_dim} must be --num_heads {args.num_heads} times a "
                 f"multiple of 4")
@@ -295,11 +325,11 @@ def find_problem(args: Hyperparameters) -> str | None:
     if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
         return (f"--window_start {args.window_start} and --window_end {args.window_end} must both "
                 f"be 0 (no windows), or rise")
-    if args.train_steps * args.batch_size > args.token_budget:
-        return (f"{args.train_steps:,} steps x {args.batch_size:,} tokens are "
-                f"{args.train_steps * args.batch_size:,} training tokens, over the budget of "
-                f"{args.token_budget:,}; lower --train_steps to "
-                f"{args.token_budget // args.batch_size:,}")
+    if args.train_tokens > args.token_budget:
+        return (f"{args.train_steps:,} steps x {args.describe_batch()} tokens are "
+                f"{args.train_tokens:,} training tokens, over the budget of {args.token_budget:,}; "
+                f"lower --train_steps to "
+                f"{args.train_steps * args.token_budget // args.train_tokens:,}")
     return None
 
 
@@ -463,7 +493,31 @@ def estimate_shards(args: Hyperparameters) -> int:
     rows = (100_000_000 - 1) // args.row_length
     if args.document_masking:
         rows = int(rows * 0.9)  # cutting documents drops some 6%; the rest is for safety
-    return math.ceil(args.train_steps / max(1, rows // args.rows_per_step))
+    shards = step = 0
+    while step < args.train_steps:
+        step += max(1, len(rows_of_steps(rows, step, args)))
+        shards += 1
+    return shards
+
+
+def rows_of_steps(num_rows: int, step: int, args: Hyperparameters) -> list[range]:
+    """The rows of each step, from `step` on, that fit a shard of so many rows.
+
+    A step never crosses a shard.
+    """
+    steps, first = [], 0
+    while first + (rows := args.batch_size_at(step) // args.row_length) <= num_rows:
+        steps.append(range(first, first + rows))
+        first, step = first + rows, step + 1
+    return steps
+
+
+def count_steps(shards: list["ShardInfo"], args: Hyperparameters) -> int:
+    """Steps that the shards hold."""
+    steps = 0
+    for shard in shards:
+        steps += len(rows_of_steps(shard.num_rows, steps, args))
+    return steps
 
 
 def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> list[ShardInfo]:
@@ -471,14 +525,17 @@ def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> 
 
     RunError if one of them is bad.
     """
-    rows_per_unit = args.rows_per_step if training else 1  # a step never crosses a shard
-    wanted = args.train_steps if training else args.val_tokens // args.row_length
-    found, shards = 0, []
+    shards = []
+
+    def are_enough() -> bool:
+        if training:
+            return count_steps(shards, args) >= args.train_steps
+        return sum(shard.num_rows for shard in shards) >= args.val_tokens // args.row_length
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for info in pool.map(lambda path: inspect_shard(path, args, training), paths):
             shards.append(info)
-            found += info.num_rows // rows_per_unit
-            if found >= wanted:
+            if are_enough():
                 break
         pool.shutdown(cancel_futures=True)
     return shards
@@ -506,16 +563,16 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
         raise RunError(f"validation needs {args.val_tokens:,} tokens and one more, but {folder} "
                        f"holds {val_rows * args.row_length:,} in whole rows; fetch the whole val "
                        f"shard, or lower --val_tokens (not a record)")
-    steps = sum(shard.num_rows // args.rows_per_step for shard in train)
+    steps = count_steps(train, args)
     if steps < args.train_steps:
         if steps == 0:
-            raise RunError(f"a step of {args.batch_size:,} tokens fits in none of the {len(train)} "
-                           f"training shards in {folder}; lower --batch_size")
+            raise RunError(f"a step of {args.stage_batch_sizes[0]:,} tokens fits in none of the "
+                           f"{len(train)} training shards in {folder}; lower --batch_size")
         needed = math.ceil(args.train_steps * len(train) / steps)
-        raise RunError(f"{args.train_steps:,} steps of {args.batch_size:,} tokens need {needed} "
-                       f"training shards, but the {len(train)} in {folder} hold {steps:,} steps "
-                       f"(a step never crosses a shard); download more: {fetch} {needed}, "
-                       f"or lower --train_steps")
+        raise RunError(f"{args.train_steps:,} steps of {args.describe_batch()} tokens need "
+                       f"{needed} training shards, but the {len(train)} in {folder} hold "
+                       f"{steps:,} steps (a step never crosses a shard); download more: {fetch} "
+                       f"{needed}, or lower --train_steps")
     if both := {shard.sha256 for shard in train} & {shard.sha256 for shard in val}:
         same = [str(shard.path) for shard in train if shard.sha256 in both]
         raise RunError(f"{', '.join(same)} holds the validation tokens; training must not see them")
@@ -527,11 +584,10 @@ def train_batches(
 ) -> Iterator[list[MicroBatch]]:
     """This rank's micro-batches of each step, in order, while the shards last.
 
-    A step is `rows_per_step` rows in a row of one shard; the ranks share them out, and the
-    micro-batches share out a rank's. The next shard is read while this one is in use.
+    A step is consecutive rows of one shard; the ranks share them out, and the micro-batches share
+    out a rank's. The next shard is read while this one is in use.
     """
-    rows_per_rank = args.rows_per_step // ranks.world_size
-    pin = ranks.device.type == "cuda"
+    pin, step = ranks.device.type == "cuda", 0
     rows_per_micro_batch = args.device_batch_size // args.row_length
     with ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(TokenRows, paths[0], args, True)
@@ -539,10 +595,11 @@ def train_batches(
             shard = upcoming.result()
             if next_path:
                 upcoming = reader.submit(TokenRows, next_path, args, True)
-            for step in range(shard.num_rows // args.rows_per_step):
-                first = step * args.rows_per_step + ranks.rank * rows_per_rank
-                rows = range(first, first + rows_per_rank, rows_per_micro_batch)
-                yield [shard.micro_batch(row, rows_per_micro_batch, pin) for row in rows]
+            for rows in rows_of_steps(shard.num_rows, step, args):
+                share = len(rows) // ranks.world_size
+                mine = rows[ranks.rank * share : (ranks.rank + 1) * share : rows_per_micro_batch]
+                yield [shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine]
+                step += 1
 
 
 def prefetch(items: Iterable, depth: int = 2) -> Iterator:
@@ -680,9 +737,9 @@ class Rotary(nn.Module):
     def __init__(self, args: Hyperparameters):
         super().__init__()
         pairs = args.head_dim // 2
-        active = round(pairs * args.rotary_fraction)
-        exponent = torch.arange(active, dtype=torch.float64) / max(1, active)
-        frequency = F.pad(args.rotary_base**-exponent, (0, pairs - active))
+        self.active = round(pairs * args.rotary_fraction)  # the first so many pairs rotate
+        exponent = torch.arange(self.active, dtype=torch.float64) / max(1, self.active)
+        frequency = F.pad(args.rotary_base**-exponent, (0, pairs - self.active))
         angle_TK = torch.outer(torch.arange(args.row_length, dtype=torch.float64), frequency)
         self.register_buffer("cos", angle_TK.cos().float()[:, None], persistent=False)
         self.register_buffer("sin", angle_TK.sin().float()[:, None], persistent=False)
@@ -693,9 +750,18 @@ class Rotary(nn.Module):
         return rotated.type_as(x_BTHK)
 
 
+def shift(x_BTX: Tensor, is_first_BT: Tensor) -> Tensor:
+    """What stands one token earlier in the sequence; at a sequence's first token, itself."""
+    before = torch.cat([x_BTX[:, :1], x_BTX[:, :-1]], dim=1)
+    return torch.where(is_first_BT.view(*is_first_BT.shape, *[1] * (x_BTX.ndim - 2)), x_BTX, before)
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, args: Hyperparameters, attention: Callable, has_value_embedding: bool):
+    def __init__(
+        self, args: Hyperparameters, attention: Callable, has_value_embedding: bool, is_long: bool
+    ):
         super().__init__()
+        self.key_offset = args.key_offset and is_long
         self.num_heads, self.qk_norm, self.eps = args.num_heads, args.qk_norm, args.norm_eps
         self.scale = args.attention_scale or args.head_dim**-0.5
         self.attention = attention
@@ -704,13 +770,18 @@ class CausalSelfAttention(nn.Module):
         if has_value_embedding:
             self.value_lambdas = nn.Parameter(torch.empty(2))
 
-    def forward(self, x_BTD, rotary, batch, window, value_embedding_BTD) -> Tensor:
+    def forward(self, x_BTD, rotary, batch, window, value_embedding_BTD, is_first_BT) -> Tensor:
         B, T, D = x_BTD.shape
         qkv = linear(x_BTD, self.qkv.flatten(0, 1))
         q, k, v = qkv.view(B, T, 3, self.num_heads, -1).unbind(2)
         if self.qk_norm:  # Dehghani et al. 2023
             q, k = norm(q, self.eps), norm(k, self.eps)
         q, k = rotary(q), rotary(k)
+        if self.key_offset:
+            # One layer finds what followed an earlier copy of this token (@YouJiacheng's record).
+            halves = k.unflatten(-1, (2, -1))
+            still = shift(halves[..., rotary.active :], is_first_BT)
+            k = torch.cat([halves[..., : rotary.active], still], dim=-1).flatten(-2)
         if value_embedding_BTD is not None:  # Zhou et al. 2024, and @KoszarskyB's speedrun record
             lambdas = self.value_lambdas
             v = lambdas[0] * v + lambdas[1] * value_embedding_BTD.view_as(v)
@@ -733,20 +804,28 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, args: Hyperparameters, attention: Callable, has_value_embedding: bool):
+    def __init__(
+        self, args: Hyperparameters, attention: Callable, has_value_embedding: bool, is_long: bool
+    ):
         super().__init__()
-        self.attn = CausalSelfAttention(args, attention, has_value_embedding)
+        self.is_long = is_long
+        self.attn = CausalSelfAttention(args, attention, has_value_embedding, is_long)
         self.mlp = MLP(args)
         self.attn_scale, self.eps = args.attention_output_scale, args.norm_eps
         self.dtype = getattr(torch, args.dtype)
         self.residual_lambdas = nn.Parameter(torch.empty(2)) if args.embed_shortcut else None
+        self.bigram_lambda = nn.Parameter(torch.empty(1)) if args.bigram_rows else None
 
-    def forward(self, x_BTD, x0_BTD, rotary, batch, window, value_embedding_BTD) -> Tensor:
-        x = x_BTD
+    def forward(
+        self, x_BTD, x0_BTD, rotary, batch, windows, value_embedding_BTD, bigram_BTD, is_first_BT
+    ) -> Tensor:
+        x, window = x_BTD, windows[1] if self.is_long else windows[0]
         if self.residual_lambdas is not None:
             x = self.residual_lambdas[0] * x + self.residual_lambdas[1] * x0_BTD
+        if self.bigram_lambda is not None:
+            x = x + self.bigram_lambda.type_as(x) * bigram_BTD
         y = norm(x, self.eps).to(self.dtype)
-        y = self.attn(y, rotary, batch, window, value_embedding_BTD)
+        y = self.attn(y, rotary, batch, window, value_embedding_BTD, is_first_BT)
         x = x + self.attn_scale * y.type_as(x)
         return x + self.mlp(norm(x, self.eps).to(self.dtype)).type_as(x)
 
@@ -768,9 +847,15 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(
             nn.Embedding(args.vocab_size, args.model_dim) for _ in range(n)
         )
+        self.bigram_embed = None
+        if args.bigram_rows:
+            self.bigram_embed = nn.Embedding(args.bigram_rows, args.model_dim)
         # Table i serves layer i and the i-th of the last n layers.
         self.value_table = {i: i for i in range(n)} | {L - n + i: i for i in range(n)}
-        self.blocks = nn.ModuleList(Block(args, attention, i in self.value_table) for i in range(L))
+        self.blocks = nn.ModuleList(
+            Block(args, attention, i in self.value_table, is_long=i % 4 == 3 or i == L - 1)
+            for i in range(L)
+        )
         self.rotary = Rotary(args)
         has_skips = args.skip_connections and L > 1
         self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if has_skips else None
@@ -792,6 +877,10 @@ class GPT(nn.Module):
                 p.uniform_(-fan_in_bound, fan_in_bound)
             elif name == "embed.weight" or name.startswith("value_embeds"):
                 p.normal_()
+            elif name == "bigram_embed.weight":
+                p.zero_()
+            elif name.endswith("bigram_lambda"):
+                p.fill_(0.05)
             elif name.endswith("value_lambdas"):
                 p.fill_(0.5)
             elif name.endswith("residual_lambdas"):
@@ -812,14 +901,19 @@ class GPT(nn.Module):
         if args.norm_embed:
             x = norm(x, args.norm_eps)
         x0, skips = x, []
+        is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
+        is_first[batch.cu_seqlens.long()] = True
+        is_first, bigram = is_first[:-1].view_as(inputs_BT), None
+        if self.bigram_embed is not None:  # from the modded-nanogpt speedrun (@classiclarryd)
+            token = inputs_BT.long()
+            pair = 36_313 * token ^ 27_191 * shift(token, is_first)
+            bigram = self.bigram_embed(pair % args.bigram_rows).to(self.residual_dtype)
         value_tables = [table(inputs_BT).to(self.dtype) for table in self.value_embeds]
         for i, block in enumerate(self.blocks):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
             value_embedding = value_tables[self.value_table[i]] if i in self.value_table else None
-            is_long = i % 4 == 3 or i == args.num_layers - 1
-            window = windows[1] if is_long else windows[0]
-            x = block(x, x0, self.rotary, batch, window, value_embedding)
+            x = block(x, x0, self.rotary, batch, windows, value_embedding, bigram, is_first)
             if self.skip_lambdas is not None and i < args.num_layers // 2:
                 skips.append(x)
         x = norm(x, args.norm_eps).to(self.dtype)
@@ -989,7 +1083,11 @@ def all_gather(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], No
 
 
 class Muon(ShardedOptimizer):
-    """Momentum orthogonalised (Jordan et al. 2024), for matrices. A group holds one shape."""
+    """Momentum orthogonalised (Jordan et al. 2024), for matrices. A group holds one shape.
+
+    With `beta2`, the rows of the update (its columns, if it is wide) are divided by the root of
+    their running mean squares, and the whole is scaled back to its norm: NorMuon (Li et al. 2025).
+    """
 
     unit_ndim = 2
 
@@ -1000,6 +1098,15 @@ class Muon(ShardedOptimizer):
         buffer.lerp_(grad_NRC, 1 - momentum)
         update = grad_NRC.lerp(buffer, momentum) if group["nesterov"] else buffer
         update = zeropower_via_newtonschulz5(update, group["iteration"])
+        if group["beta2"]:
+            size = update.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32)
+            mean_square = update.float().square().mean(
+                -1 if update.size(-2) >= update.size(-1) else -2, keepdim=True)
+            if "second_moment" not in state:
+                state["second_moment"] = torch.zeros_like(mean_square)
+            state["second_moment"].lerp_(mean_square, 1 - group["beta2"])
+            update = update * (state["second_moment"] + 1e-10).rsqrt()
+            update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
         # An update changes a layer's output by as much whatever the layer's shape.
         scale = max(1, p_NRC.size(-2) / p_NRC.size(-1)) ** 0.5
         p_NRC.mul_(1 - group["lr"] * group["weight_decay"])
@@ -1035,17 +1142,22 @@ def adam_update(p, grad, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_siz
     p.mul_(decay).sub_(step_size * exp_avg / (exp_avg_sq.sqrt() / root_bias2 + eps))
 
 
+LEARNING_RATES = ("matrix", "embed", "bigram", "head", "scalar")  # kinds of parameters
+
+
 def build_optimizers(
     model: GPT, args: Hyperparameters, rank: int = 0, world_size: int = 1
 ) -> list[ShardedOptimizer]:
     """Optimizers that hold each parameter of the model once; RunError names one they do not."""
-    lrs = dict(embed=args.embed_lr, head=args.head_lr, scalar=args.scalar_lr, matrix=args.matrix_lr)
+    lrs = {kind: getattr(args, f"{kind}_lr") for kind in LEARNING_RATES}
     adam_groups, muon_groups = {}, {}
     for name, p in model.named_parameters():
         if p.ndim < 2:
             kind = "scalar"
         elif name == "head":
             kind = "head"
+        elif name == "bigram_embed.weight":
+            kind = "bigram"
         elif "embed" in name:
             kind = "embed"
         else:
@@ -1062,8 +1174,8 @@ def build_optimizers(
     if muon_groups:
         optimizers.append(
             Muon(list(muon_groups.values()), rank, world_size, momentum=args.muon_momentum,
-                 nesterov=args.muon_nesterov, iteration=args.muon_iteration,
-                 weight_decay=args.weight_decay)
+                 beta2=args.muon_beta2, nesterov=args.muon_nesterov,
+                 iteration=args.muon_iteration, weight_decay=args.weight_decay)
         )
     held = [name for o in optimizers for g in o.param_groups for name in g["param_names"]]
     for name, _ in model.named_parameters():
@@ -1077,7 +1189,15 @@ def build_optimizers(
 
 
 def lr_multiplier(step: int, args: Hyperparameters) -> float:
-    """Share of the learning rates at this step: a linear rise, a plateau, a linear fall."""
+    """Factor on the learning rates at this step: a linear rise, a plateau, a linear fall.
+
+    In a stage of smaller batches all of it is smaller, by a power of the batch.
+    """
+    return (linear_schedule(step, args)
+            * (args.batch_size_at(step) / args.batch_size) ** args.batch_lr_power)
+
+
+def linear_schedule(step: int, args: Hyperparameters) -> float:
     warmup_steps = round(args.warmup_frac * args.train_steps)
     cooldown_steps = round(args.cooldown_frac * args.train_steps)
     if step < warmup_steps:
@@ -1249,8 +1369,11 @@ def log_header(
     head = model.embed.weight if model.head is None else model.head
     active = head.numel() + sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
     log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
-    log(f"tokens per step: {args.batch_size:,} = {ranks.world_size} ranks x "
-        f"{args.grad_accum_steps(ranks.world_size)} micro-batches x {args.device_batch_size:,}")
+    for batch_size in args.stage_batch_sizes:
+        micro_batches = batch_size // args.device_batch_size // ranks.world_size
+        log(f"tokens per step: {batch_size:,} = {ranks.world_size} ranks x {micro_batches} "
+            f"micro-batches x {args.device_batch_size:,}")
+    log(f"training tokens: {args.train_tokens:,}")
     log(f"attention: {attention}")
     for reason in reasons_not_a_record(args, ranks.world_size):
         log(f"not a record: {reason}")
@@ -1268,7 +1391,7 @@ class Progress:
         self.clock, self.wandb = clock, wandb
         self.train_losses: list[float] = []
         self.val_losses: list[tuple[int, float]] = []
-        self.unread, self.reached = None, None
+        self.unread, self.reached, self.tokens = None, None, 0
         self.bar = None
         if ranks.rank == 0 and sys.stdout.isatty():
             self.bar = tqdm(total=args.train_steps, unit="step", dynamic_ncols=True)
@@ -1297,7 +1420,8 @@ class Progress:
         self.check_finite("train loss", loss, step)
         self.train_losses.append(loss)
         self.log(self.measure(step, seconds))
-        speed = step * self.args.batch_size / seconds
+        self.tokens += self.args.batch_size_at(step - 1)
+        speed = self.tokens / seconds
         if self.wandb:
             self.wandb.log({"train_loss": loss, "train_time": seconds}, step=step)
         if self.bar is not None:
@@ -1327,7 +1451,7 @@ class Progress:
             *self.val_losses[-1])
         factor = lr_multiplier(max(0, step - 1), self.args)
         rates = ", ".join(f"{kind} {factor * getattr(self.args, f'{kind}_lr'):.3g}"
-                          for kind in ("matrix", "embed", "head", "scalar"))
+                          for kind in LEARNING_RATES)
         raise CollectiveError(f"{name} is {loss} at step {step}, with learning rates {rates}; last "
                               f"good validation: {last}; lower the learning rates, or try --dtype "
                               f"float32 to see whether it is a matter of precision")
@@ -1371,7 +1495,7 @@ def plot_losses(path: Path, train_losses: list, val_losses: list, args: Hyperpar
     axes.plot(range(1, len(train_losses) + 1), train_losses, color="0.7", lw=0.8, label="train")
     axes.plot(*zip(*val_losses, strict=True), "o-", color="tab:blue", ms=3, label="validation")
     axes.axhline(args.target, color="tab:red", ls="--", lw=1, label=f"target {args.target}")
-    axes.set(xlabel=f"step of {args.batch_size:,} tokens", ylabel="loss, nats per token",
+    axes.set(xlabel=f"step of {args.describe_batch()} tokens", ylabel="loss, nats per token",
              title=f"{path.stem}: val_loss {val_losses[-1][1]:.4f}")
     shown = [loss for _, loss in val_losses[1:] or val_losses] + [args.target]
     axes.set_ylim(min(shown) - 0.1, max(shown) + 1.0)
@@ -1430,13 +1554,15 @@ def on_first_rank(function: Callable, ranks: Ranks):
 
 def check_accumulation(args: Hyperparameters, world_size: int) -> None:
     """RunError, with the values that would do, unless ranks x micro-batches fill a step."""
-    rows, micro_rows = args.rows_per_step, args.device_batch_size // args.row_length
-    if rows % world_size:
-        counts = [n for n in range(1, rows + 1) if rows % n == 0]
-        raise CollectiveError(f"--batch_size {args.batch_size} is {rows} rows of --row_length "
-                              f"{args.row_length}, which {world_size} ranks cannot share; numbers "
-                              f"of ranks that can: {counts}")
-    share = rows // world_size
+    micro_rows = args.device_batch_size // args.row_length
+    stages = [size // args.row_length for size in args.stage_batch_sizes]
+    if rows := next((rows for rows in stages if rows % world_size), None):
+        common = math.gcd(*stages)
+        counts = [n for n in range(1, common + 1) if common % n == 0]
+        raise CollectiveError(f"--batch_size {rows * args.row_length} is {rows} rows of "
+                              f"--row_length {args.row_length}, which {world_size} ranks cannot "
+                              f"share; numbers of ranks that can: {counts}")
+    share = math.gcd(*stages) // world_size
     if share % micro_rows:
         sizes = [n * args.row_length for n in range(1, share + 1) if share % n == 0]
         raise CollectiveError(f"--device_batch_size {args.device_batch_size} does not divide the "
@@ -1500,7 +1626,7 @@ def train_step(
     for batch in batches:
         # Divided by the tokens of the step, so that micro-batches and ranks simply add up.
         with memory_advice(args, "device_batch_size"):
-            loss = model(batch.to(ranks.device), windows) / args.batch_size
+            loss = model(batch.to(ranks.device), windows) / args.batch_size_at(step)
             loss.backward()
         total += loss.detach()
     for optimizer in optimizers:
@@ -1518,13 +1644,13 @@ def warm_up(
     """Compile and run everything once on random tokens, then undo it to the last bit."""
     saved = copy.deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
-    micro_batches = [train_batch] * args.grad_accum_steps(ranks.world_size)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
         # The second windows make the compiler treat windows as variable from then on.
         for step in (0, args.train_steps - 1):
             with torch.no_grad(), memory_advice(args, "val_batch_size"):
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
+            micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)
             train_step(compiled, optimizers, micro_batches, step, args, ranks)
     model.load_state_dict(saved[0])
     for optimizer, state in zip(optimizers, saved[1:], strict=True):
@@ -1572,7 +1698,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
     wandb = start_wandb(args, run_id) if args.log_wandb and ranks.rank == 0 else None
 
     log(f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
-        f"{args.batch_size:,} tokens to val_loss {args.target}", console=True)
+        f"{args.describe_batch()} tokens to val_loss {args.target}", console=True)
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
         log("compiling and warming up on random tokens; the clock starts after it", console=True)

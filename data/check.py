@@ -9,6 +9,7 @@ if it fits as it is; run.sh calls it.
 """
 
 import dataclasses
+import math
 import os
 import platform
 import shutil
@@ -80,7 +81,7 @@ def advise(args: Hyperparameters, free: float) -> str:
     if estimate_memory(args) < 0.95 * free:
         return ""
     ranks = int(os.environ.get("NPROC", 1)) * int(os.environ.get("NNODES", 1))
-    rows = args.rows_per_step // ranks
+    rows = math.gcd(*args.stage_batch_sizes) // args.row_length // ranks
     for n in range(args.device_batch_size // args.row_length, 0, -1):
         size = n * args.row_length
         val_size = min(size, args.val_batch_size)
@@ -161,7 +162,7 @@ def main() -> int:
         return 0
     report = Report()
     report.line("run", f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
-                f"{args.batch_size:,} tokens to val_loss {args.target}")
+                f"{args.describe_batch()} tokens to val_loss {args.target}")
     check_versions(report)
     check_gpus(report, args)
     check_disk(report, args, check_data(report, args))

@@ -219,6 +219,27 @@ def test_ranks_share_a_step_out_whatever_their_number_and_micro_batch(
         assert all(batch.inputs_BT.numel() == device_batch_size for batch in step)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_stages_have_steps_of_their_sizes_of_the_same_stream(two_shards, world_size):
+    args = data_args(batch_stages="128,256,512", train_steps=9, device_batch_size=64)
+    expected, step = [], 0
+    for path in two_shards:
+        tokens = flat_tokens(path)
+        rows = reference_rows(tokens, 64, 40)
+        while len(rows) >= (size := (2, 4, 8)[min(step // 3, 2)]):
+            expected.append(cut(tokens, rows[:size]))
+            rows, step = rows[size:], step + 1
+    assert step > 9, "the test wants the last stage to cross into the second shard"
+    ranks = [steps_of(two_shards, args, rank, world_size) for rank in range(world_size)]
+    assert [sum(shares, []) for shares in zip(*ranks, strict=True)] == expected
+    sizes = [[batch.inputs_BT.numel() for batch in step]
+             for step, _ in zip(train_batches(two_shards, args, Ranks(0, world_size, CPU)),
+                                range(9), strict=False)]
+    assert sizes[:3] == [[64] * (2 // world_size)] * 3
+    assert sizes[3:6] == [[64] * (4 // world_size)] * 3
+    assert args.train_tokens == 3 * (128 + 256 + 512) == world_size * sum(map(sum, sizes))
+
+
 def test_the_shards_are_used_in_the_order_given(tmp_path):
     paths = [write_shard(tmp_path / f"{n}.bin", random_documents(n, 60, 90)) for n in range(4)]
     a, b, c, d = (steps_of([path], data_args()) for path in paths)
@@ -304,6 +325,19 @@ def test_the_plan_holds_all_the_steps_it_promises(folder):
     train, _ = plan_data(args)
     assert len(steps_of([shard.path for shard in train], args)) == args.train_steps
     refusal(plan_args(folder, train_steps=args.train_steps + 1))
+
+
+def test_the_plan_counts_the_steps_of_each_stage(folder):
+    paths = sorted(folder.glob("*train*"))
+
+    def staged(train_steps):
+        return plan_args(folder, batch_stages="64,128,512", train_steps=train_steps)
+
+    most = max(n for n in range(3, 99) if len(steps_of(paths, staged(n))) >= n)
+    assert most > 1.5 * len(steps_of(paths, plan_args(folder, batch_size=512)))
+    train, _ = plan_data(staged(most))
+    assert len(steps_of([shard.path for shard in train], staged(most))) >= most
+    assert f"hold {len(steps_of(paths, staged(most + 1)))} steps" in refusal(staged(most + 1))
 
 
 def test_shards_are_identified_by_size_and_hash(folder):

@@ -45,11 +45,15 @@ def test_fast_attention_equals_its_plain_twin_forward_and_backward(name, window)
         assert relative_error(one, other) < 1e-2
 
 
-def train_some_steps(compile: bool, steps: int = 6) -> list[float]:
+NEWER = dict(key_offset=True, bigram_rows=101, bigram_lr=0.05, muon_beta2=0.9,
+             batch_stages="512,1024")
+
+
+def train_some_steps(compile: bool, steps: int = 6, **switches) -> list[float]:
     args = tiny_args(
         vocab_size=1000, row_length=128, max_document_length=64, batch_size=1024,
         device_batch_size=512, val_batch_size=512, window_start=128, window_end=256,
-        train_steps=steps, dtype="bfloat16", attention="varlen", compile=compile,
+        train_steps=steps, dtype="bfloat16", attention="varlen", compile=compile, **switches,
     )
     ranks = Ranks(0, 1, torch.device("cuda", 0))
     torch.manual_seed(0)
@@ -57,11 +61,12 @@ def train_some_steps(compile: bool, steps: int = 6) -> list[float]:
     optimizers = train_gpt.build_optimizers(model, args)
     compiled = torch.compile(model, fullgraph=True) if compile else model
     train_gpt.warm_up(model, compiled, optimizers, args, ranks)
-    batches = [train_gpt.random_micro_batch(args, args.device_batch_size, True)] * 2
+    batch = train_gpt.random_micro_batch(args, args.device_batch_size, True)
     clock = train_gpt.Clock(ranks.device)
     clock.start()
     losses = [
-        train_gpt.train_step(compiled, optimizers, batches, step, args, ranks).item()
+        train_gpt.train_step(compiled, optimizers, [batch] * args.grad_accum_steps(step, 1), step,
+                             args, ranks).item()
         for step in range(steps)
     ]
     clock.stop()
@@ -70,7 +75,8 @@ def train_some_steps(compile: bool, steps: int = 6) -> list[float]:
     return losses
 
 
-def test_compiled_training_equals_eager_training_and_compiles_nothing_after_the_warm_up():
-    compiled, eager = train_some_steps(True), train_some_steps(False)
+@pytest.mark.parametrize("switches", [{}, NEWER], ids=["modern", "newer"])
+def test_compiled_training_equals_eager_training_and_compiles_nothing_after_the_warm_up(switches):
+    compiled, eager = (train_some_steps(compile, **switches) for compile in (True, False))
     assert compiled == pytest.approx(eager, abs=0.02)
     assert compiled[-1] < compiled[0] - 0.5

@@ -230,6 +230,7 @@ def influential(model, batch, position, windows) -> set[int]:
 
 VARIANTS = {
     "modern": dict(),
+    "offset": dict(key_offset=True, bigram_rows=97),
     "baseline": baseline_args(
         row_length=64, vocab_size=256, num_layers=2, num_heads=2, model_dim=32, dtype="float32",
         tied_head=False,
@@ -257,7 +258,7 @@ def test_a_position_sees_itself_and_all_before_it_in_its_row_and_nothing_after(n
 def test_a_position_sees_nothing_of_other_documents(name, windows):
     args = variant(name)
     model, batch = build(args), distinct_batch(args, LENGTHS)
-    reach = sum(windows) if any(windows) else 128
+    reach = sum(windows) + args.key_offset if any(windows) else 128
     for document, length in enumerate(LENGTHS):
         start = sum(LENGTHS[:document])
         last = start + length - 1
@@ -335,6 +336,39 @@ def test_the_model_returns_the_sum_over_all_tokens():
     assert total / rows.targets_BT.numel() > 1
 
 
+def test_a_pair_of_tokens_has_its_row_and_a_first_token_is_paired_with_itself():
+    args = tiny_args(bigram_rows=97)
+    model, batch = build(args), random_batch(args, lengths=LENGTHS)
+    model(batch, NO_WINDOWS).backward()
+    tokens, starts = batch.inputs_BT.flatten().tolist(), set(batch.cu_seqlens.tolist())
+    pairs = {(token, tokens[i] if i in starts else tokens[i - 1]) for i, token in enumerate(tokens)}
+    rows = model.bigram_embed.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert set(rows) == {((36_313 * token) ^ (27_191 * before)) % 97 for token, before in pairs}
+
+
+def test_with_the_key_offset_a_long_layer_finds_a_token_by_the_one_before_it():
+    """Keys that do not rotate at all come whole from the token before, in long layers only."""
+    args = tiny_args(num_layers=4, rotary_fraction=0.0, key_offset=True)
+    keys = []
+
+    def attention(q, k, v, batch, window, scale):
+        keys.append(k)
+        return sdpa_attention(q, k, v, batch, window, scale)
+
+    batch = random_batch(args, lengths=LENGTHS)
+    for key_offset in (False, True):
+        torch.manual_seed(0)
+        model = GPT(dataclasses.replace(args, key_offset=key_offset), attention)
+        model(batch, NO_WINDOWS)
+    starts = torch.tensor(sorted(set(batch.cu_seqlens.tolist()) - {128}))
+    for plain, offset in zip(keys[:3], keys[4:7], strict=True):
+        assert torch.equal(plain, offset)
+    plain, offset = keys[3].flatten(0, 1), keys[7].flatten(0, 1)
+    expected = plain.roll(1, dims=0)
+    expected[starts] = plain[starts]
+    assert torch.equal(offset, expected) and not torch.equal(offset, plain)
+
+
 # -----------------------------------------------------------------------------
 # Every switch
 
@@ -351,6 +385,9 @@ SWITCHES = [
     dict(norm_embed=False),
     dict(tied_head=True),
     dict(logit_softcap=0.0),
+    dict(key_offset=True),
+    dict(key_offset=True, rotary_fraction=0.0),
+    dict(bigram_rows=97),
     dict(value_embeddings=0),
     dict(value_embeddings=2),
     dict(skip_connections=False),

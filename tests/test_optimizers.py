@@ -120,7 +120,7 @@ def test_muon_equals_the_hand_computation(shape, scale, nesterov, iteration):
     ours = parameters(shape, (2, *shape))  # three matrices
     expected = torch.cat([p.detach().clone().view(-1, *shape) for p in ours])
     muon = Muon([dict(params=named(ours), lr=0.1)], 0, 1, momentum=0.9, nesterov=nesterov,
-                iteration=iteration, weight_decay=0.5)
+                iteration=iteration, weight_decay=0.5, beta2=0.0)
     buffer = torch.zeros(3, *shape)
     for momentum, lr in ((0.9, 0.1), (0.8, 0.05), (0.8, 0.2)):
         muon.param_groups[0].update(momentum=momentum, lr=lr)
@@ -132,6 +132,25 @@ def test_muon_equals_the_hand_computation(shape, scale, nesterov, iteration):
         expected = expected * (1 - lr * 0.5) - lr * scale * zeropower(direction, iteration)
         got = torch.cat([p.detach().view(-1, *shape) for p in ours])
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape, dim", [((6, 6), 1), ((24, 6), 1), ((6, 24), 0)])
+def test_normuon_evens_out_the_rows_or_columns_and_keeps_the_norm(shape, dim):
+    ours = parameters(shape)
+    expected = ours[0].detach().clone()
+    muon = Muon([dict(params=named(ours), lr=0.1)], 0, 1, momentum=0.0, beta2=0.8, nesterov=False,
+                iteration="polar-express", weight_decay=0.0)
+    mean_squares = torch.zeros(1)
+    for _ in range(3):
+        gradient = torch.randn(shape) * torch.linspace(0.1, 3, shape[0])[:, None]
+        ours[0].grad = gradient.clone()
+        muon.step()
+        update = zeropower(gradient[None], "polar-express")[0]
+        mean_squares = 0.8 * mean_squares + 0.2 * update.square().mean(dim, keepdim=True)
+        even = update / mean_squares.sqrt()
+        even *= update.norm() / even.norm()
+        expected = expected - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * even
+        torch.testing.assert_close(ours[0].detach(), expected, atol=2e-5, rtol=1e-4)
 
 
 # -----------------------------------------------------------------------------
@@ -149,22 +168,25 @@ def groups_of(model, args):
     return found
 
 
-LRS = dict(matrix_lr=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04)
+LRS = dict(matrix_lr=0.01, embed_lr=0.02, bigram_lr=0.05, head_lr=0.03, scalar_lr=0.04)
 
 
 def expected_lr(name):
     if name == "head":
         return 0.03
+    if name == "bigram_embed.weight":
+        return 0.05
     if "embed" in name:
         return 0.02
-    return 0.04 if name.endswith("lambdas") else 0.01
+    return 0.04 if name.endswith(("lambdas", "lambda")) else 0.01
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
 def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(optimizer, tied):
     args = tiny_args(num_layers=4, value_embeddings=2, optimizer=optimizer, tied_head=tied,
-                     muon_momentum=0.9, muon_nesterov=False, weight_decay=0.3, **LRS)
+                     bigram_rows=97, muon_momentum=0.9, muon_nesterov=False, weight_decay=0.3,
+                     **LRS)
     model = build(args)
     found = groups_of(model, args)
     assert set(found) == {name for name, _ in model.named_parameters()}
@@ -221,6 +243,14 @@ def test_an_added_parameter_is_optimised_too():
 # The same training on any number of ranks, in any micro-batches
 
 
+OPTIMIZERS = {
+    "muon": dict(optimizer="muon"),
+    "adam": dict(optimizer="adam"),
+    "normuon": dict(optimizer="muon", muon_beta2=0.9, key_offset=True, bigram_rows=31,
+                    bigram_lr=0.05, batch_stages="512,1024", train_steps=3),
+}
+
+
 def training_args(**overrides):
     """3 layers and 253 tokens: neither matrices nor numbers can be shared out evenly."""
     settings = dict(num_layers=3, vocab_size=253, model_dim=20, num_heads=1, mlp_ratio=3,
@@ -230,7 +260,7 @@ def training_args(**overrides):
 
 
 def train_steps(ranks, args, shard):
-    """Losses and weights after four steps on a shard."""
+    """Losses and weights after training on a shard."""
     torch.manual_seed(7)
     model = GPT(args)
     optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
@@ -252,8 +282,8 @@ def shard(tmp_path_factory):
 @pytest.fixture(scope="session")
 def on_one_rank(shard):
     torch.manual_seed(0)
-    return {optimizer: train_steps(ONE_RANK, training_args(optimizer=optimizer), shard)
-            for optimizer in ("muon", "adam")}
+    return {name: train_steps(ONE_RANK, training_args(**settings), shard)
+            for name, settings in OPTIMIZERS.items()}
 
 
 def assert_same_training(got, expected):
@@ -262,13 +292,14 @@ def assert_same_training(got, expected):
         torch.testing.assert_close(got[1][name], weight, atol=2e-5, rtol=1e-4, msg=name)
 
 
-def train_both(ranks, shard):
-    return [train_steps(ranks, training_args(optimizer=name), shard) for name in ("muon", "adam")]
+def train_all(ranks, shard):
+    return [train_steps(ranks, training_args(**settings), shard)
+            for settings in OPTIMIZERS.values()]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_train_as_one(shard, on_one_rank, tmp_path, world_size):
-    results = run_ranks(train_both, world_size, tmp_path / "ranks", shard)
+    results = run_ranks(train_all, world_size, tmp_path / "ranks", shard)
     for rank in results:
         for got, same, expected in zip(rank, results[0], on_one_rank.values(), strict=True):
             assert_same_training(got, expected)
@@ -285,12 +316,12 @@ def test_the_sizes_of_these_tests_do_not_share_out_evenly():
     assert any(units % 2 for units in uneven)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("device_batch_size", [128, 512])
 def test_the_micro_batch_size_does_not_change_the_training(
     shard, on_one_rank, device_batch_size, optimizer
 ):
-    args = training_args(optimizer=optimizer, device_batch_size=device_batch_size)
+    args = training_args(**OPTIMIZERS[optimizer], device_batch_size=device_batch_size)
     assert_same_training(train_steps(ONE_RANK, args, shard), on_one_rank[optimizer])
 
 

@@ -446,6 +446,15 @@ def test_a_rank_without_an_equal_share_of_micro_batches_is_refused_too():
     assert json.loads(re.search(r"\[.*\]", str(error.value))[0]) == [64, 128, 192, 384]
 
 
+def test_a_micro_batch_has_to_fit_every_stage():
+    stages = [*TINY, "--batch_stages=256,384"]
+    train_gpt.check_accumulation(train_gpt.parse_hyperparameters(stages), 1)
+    with pytest.raises(train_gpt.RunError, match="does not divide the 64 tokens of each of 2"):
+        train_gpt.check_accumulation(train_gpt.parse_hyperparameters(stages), 2)
+    with pytest.raises(train_gpt.RunError, match=r"batch_size 256 is 4 rows .* 3 ranks cannot"):
+        train_gpt.check_accumulation(train_gpt.parse_hyperparameters(stages), 3)
+
+
 # -----------------------------------------------------------------------------
 # The clock
 

@@ -54,6 +54,15 @@ def test_the_modern_recipe_is_flat_and_then_falls_to_its_final_share():
     assert falls == {round(0.9 / 400, 9)}
 
 
+def test_a_stage_of_smaller_batches_has_smaller_learning_rates():
+    args = dataclasses.replace(MODERN, train_steps=9, cooldown_frac=0.0, batch_size=400,
+                               batch_stages="100,200,400", batch_lr_power=0.5)
+    values = [lr_multiplier(step, args) for step in range(9)]
+    assert values == pytest.approx([0.5] * 3 + [0.5**0.5] * 3 + [1.0] * 3)
+    falling = dataclasses.replace(args, cooldown_frac=1.0, final_lr_frac=0.0, batch_lr_power=1.0)
+    assert [lr_multiplier(step, falling) for step in (3, 8)] == pytest.approx([1 / 3, 1 / 9])
+
+
 @pytest.mark.parametrize("train_steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("fractions", [(0, 0), (0, 1), (1, 0), (0.5, 0.5), (0.01, 0.01)])
 def test_learning_rates_stay_within_0_and_1_in_the_shortest_runs(train_steps, fractions):
