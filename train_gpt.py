@@ -778,7 +778,7 @@ class CausalSelfAttention(nn.Module):
             q, k = norm(q, self.eps), norm(k, self.eps)
         q, k = rotary(q), rotary(k)
         if self.key_offset:
-            # One layer finds what followed an earlier copy of this token (@YouJiacheng's record).
+            # So that one layer finds what followed an earlier copy of this token (@classiclarryd).
             halves = k.unflatten(-1, (2, -1))
             still = shift(halves[..., rotary.active :], is_first_BT)
             k = torch.cat([halves[..., : rotary.active], still], dim=-1).flatten(-2)
@@ -901,10 +901,12 @@ class GPT(nn.Module):
         if args.norm_embed:
             x = norm(x, args.norm_eps)
         x0, skips = x, []
-        is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
-        is_first[batch.cu_seqlens.long()] = True
-        is_first, bigram = is_first[:-1].view_as(inputs_BT), None
-        if self.bigram_embed is not None:  # from the modded-nanogpt speedrun (@classiclarryd)
+        is_first = bigram = None
+        if args.key_offset or args.bigram_rows:
+            is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
+            is_first[batch.cu_seqlens.long()] = True
+            is_first = is_first[:-1].view_as(inputs_BT)
+        if self.bigram_embed is not None:  # record 62 of the modded-nanogpt speedrun
             token = inputs_BT.long()
             pair = 36_313 * token ^ 27_191 * shift(token, is_first)
             bigram = self.bigram_embed(pair % args.bigram_rows).to(self.residual_dtype)
