@@ -124,7 +124,10 @@ def _rank_main(rank, world_size, folder, function, arguments):
                             world_size=world_size)
     result = function(Ranks(rank, world_size, CPU), *arguments)
     torch.save(result, f"{folder}/result{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    # All is done and saved. Gloo's threads have been seen to abort a process that was tidying up.
+    os._exit(0)
 
 
 def run_ranks(function, world_size: int, folder: Path, *arguments) -> list:
