@@ -21,7 +21,7 @@ from logs import LogError, Run, read_logs
 from significance import Welch, welch
 
 MAX_GAP = 0.1  # loss curves bend; across a larger fall a straight line is too far above them
-PEAK_RATES = ("matrix_lr", "embed_lr", "head_lr", "scalar_lr")
+PEAK_RATES = ("matrix_lr", "embed_lr", "bigram_lr", "head_lr", "scalar_lr")
 
 
 class Crossing(NamedTuple):
@@ -70,7 +70,7 @@ MUST_BE_EQUAL = {
     "hardware": lambda run: run.hardware,
     "GPUs": lambda run: run.world_size,
     "torch": lambda run: run.torch,
-    "CUDA": lambda run: run.fact(r"\bCUDA (\w[\w.]*)"),
+    "CUDA": lambda run: run.cuda,
     "val_tokens": lambda run: run.number("val_tokens"),
     "validation data": lambda run: tuple(s.sha256[:12] for s in run.shards if s.kind == "val"),
 }

@@ -147,6 +147,10 @@ class Run:
     def torch(self) -> str | None:
         return self.fact(r"\b(?i:(?:py)?torch)(?:\s|: ?)(\d+\.\d+[^\s,]*)")
 
+    @property
+    def cuda(self) -> str | None:
+        return self.fact(r"\bCUDA (\w[\w.]*)")
+
 
 def find_logs(paths: Iterable[str | Path]) -> list[Path]:
     """The files named, and the logs in the folders named, in order. LogError if there are none."""

@@ -69,7 +69,7 @@ def from_logs(report: Report) -> dict:
     """The part of record.json that the logs determine. RecordError if they do not say enough."""
     run, summary = report.runs[0], report.as_json()
     versions = {"python": run.fact(r"\bPython (\d[\w.+]*)"), "torch": run.torch,
-                "cuda": run.fact(r"\bCUDA (\w[\w.]*)")}
+                "cuda": run.cuda}
     if run.source is None or None in versions.values() or not run.shards or not run.hardware:
         raise RecordError(f"{run.name} does not start with its source, versions, hardware and "
                           f"data, as logs of train_gpt.py do")

@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT
 from record_logs import our_log, public_log, shard_lines, step_lines, write_logs
 
-from compare import compare, crossing, plot  # isort: skip  records/ is on the path from here on
+import train_gpt
+
+from compare import PEAK_RATES, compare, crossing, plot  # isort: skip  records/ is on the path from here on
 from logs import LogError, read_logs  # isort: skip
 
 
@@ -139,6 +141,10 @@ def test_a_raised_learning_rate_asks_for_the_baseline_with_it(tmp_path):
     result = compare(runs(tmp_path / "a", *at(100, optimizer="adam")),
                      runs(tmp_path / "b", *at(50, optimizer="adam", matrix_lr=0.1)), 3.4)
     assert any("run the baseline with it too: --matrix_lr 0.1" in note for note in result.notes)
+
+
+def test_the_peak_learning_rates_are_all_that_train_gpt_has():
+    assert {rate.removesuffix("_lr") for rate in PEAK_RATES} == set(train_gpt.LEARNING_RATES)
 
 
 def test_validations_far_apart_are_noted_and_close_ones_are_not(tmp_path):
