@@ -142,6 +142,11 @@ class Hyperparameters:
         stages = self.stage_batch_sizes
         return stages[min(step * len(stages) // self.train_steps, len(stages) - 1)]
 
+    @property
+    def common_rows(self) -> int:
+        """Rows that all ranks' micro-batches together have to divide, for every stage to fit."""
+        return math.gcd(*self.stage_batch_sizes) // self.row_length
+
     def describe_batch(self) -> str:
         """Tokens per step, for a person: "393,216", or "65,536 to 393,216"."""
         sizes = self.stage_batch_sizes
@@ -1559,12 +1564,11 @@ def check_accumulation(args: Hyperparameters, world_size: int) -> None:
     micro_rows = args.device_batch_size // args.row_length
     stages = [size // args.row_length for size in args.stage_batch_sizes]
     if rows := next((rows for rows in stages if rows % world_size), None):
-        common = math.gcd(*stages)
-        counts = [n for n in range(1, common + 1) if common % n == 0]
+        counts = [n for n in range(1, args.common_rows + 1) if args.common_rows % n == 0]
         raise CollectiveError(f"--batch_size {rows * args.row_length} is {rows} rows of "
                               f"--row_length {args.row_length}, which {world_size} ranks cannot "
                               f"share; numbers of ranks that can: {counts}")
-    share = math.gcd(*stages) // world_size
+    share = args.common_rows // world_size
     if share % micro_rows:
         sizes = [n * args.row_length for n in range(1, share + 1) if share % n == 0]
         raise CollectiveError(f"--device_batch_size {args.device_batch_size} does not divide the "

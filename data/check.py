@@ -9,7 +9,6 @@ if it fits as it is; run.sh calls it.
 """
 
 import dataclasses
-import math
 import os
 import platform
 import shutil
@@ -81,7 +80,7 @@ def advise(args: Hyperparameters, free: float) -> str:
     if estimate_memory(args) < 0.95 * free:
         return ""
     ranks = int(os.environ.get("NPROC", 1)) * int(os.environ.get("NNODES", 1))
-    rows = math.gcd(*args.stage_batch_sizes) // args.row_length // ranks
+    rows = args.common_rows // ranks
     for n in range(args.device_batch_size // args.row_length, 0, -1):
         size = n * args.row_length
         val_size = min(size, args.val_batch_size)

@@ -30,9 +30,9 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, by what CUDA_VISIBLE_DEVICES calls them."""
     import torch
 
+    count = torch.cuda.device_count()
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return (named or [str(index) for index in range(torch.cuda.device_count())]
-            )[: torch.cuda.device_count()]
+    return named[:count] or [str(index) for index in range(count)]
 
 
 def run_all(
