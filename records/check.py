@@ -569,6 +569,11 @@ def table(rows: list[tuple], right: str) -> str:
         for cell, width, side in zip(row, widths, right, strict=True)).rstrip() for row in rows)
 
 
+def cell(text: str) -> str:
+    """Text that cannot break the table it stands in."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+
+
 def describe_runs(runs: list[Run], most: int = 20) -> str:
     """A table of the runs, of the first `most` of them."""
     def show(value, form: str) -> str:

@@ -180,6 +180,18 @@ def compare(baseline: list[Run], mine: list[Run], loss: float | None = None) -> 
     return Comparison(loss, why, *sides, problems, notes)
 
 
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure to a PNG, and close it. LogError if that cannot be written."""
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise LogError(f"cannot write {path}: {error}") from None
+    finally:
+        pyplot.close(figure)
+
+
 def plot(path: Path, baseline: list[Run], mine: list[Run], result: Comparison) -> None:
     """Write a PNG: val_loss over time and over tokens, and where the curves cross the loss."""
     import matplotlib
@@ -227,12 +239,7 @@ def plot(path: Path, baseline: list[Run], mine: list[Run], result: Comparison) -
     figure.suptitle(f"{result.speedup:.2f}x to val_loss {result.loss:g}"
                     + (f" on {' and '.join(sorted(data))}" if data else "")
                     + (" (NOT COMPARABLE)" if result.problems else ""))
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise LogError(f"cannot write {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def describe_comparison(baseline: list[Run], mine: list[Run], result: Comparison) -> str:

@@ -4,16 +4,19 @@
     python records/table.py --check    # exit with status 1 if a folder or a table is not in order
 
 Refuses a folder whose record.json departs from record.schema.json or from its own logs, and one
-that records/check.py does not pass.
+that records/check.py does not pass. Where README.md has a place for it, the newest ablation is
+written from its logs too.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from check import TRACKS
+from ablation import newest_folder, read_ablation
+from ablation import render as render_ablation
+from check import TRACKS, cell
+from logs import LogError
 from record import RECORDS, RecordError, load
 
 NEGATIVE = "negative"
@@ -56,11 +59,6 @@ def show_time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.3f} h"
 
 
-def cell(text: str) -> str:
-    """Text that cannot break the table it stands in."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
-
-
 def table(rows: list[Row], prefix: str) -> str:
     """A Markdown table; `prefix` leads from its file to records/."""
     lines = []
@@ -98,6 +96,22 @@ def render(rows: dict[str, list[Row]]) -> dict[str, str]:
     }
 
 
+def ablation_section(page: str) -> dict[str, str]:
+    """{"ablation": the newest ablation}, if the page has a place for one and there is one.
+
+    RecordError if its logs make no fair table.
+    """
+    folder = newest_folder()
+    if folder is None or "<!-- ablation -->" not in page:
+        return {}
+    place = folder.relative_to(RECORDS.parent).as_posix()
+    try:
+        content = render_ablation(read_ablation([folder]))
+    except LogError as error:
+        raise RecordError(f"{place}: {error}") from None
+    return {"ablation": f"{content}\nMade from the logs in [{place}]({place}).\n"}
+
+
 def fill(text: str, sections: dict[str, str]) -> str:
     """`text` with each `<!-- name -->...<!-- end of name -->` that it holds filled anew."""
     for name, content in sections.items():
@@ -114,10 +128,12 @@ def main() -> int:
     args = parser.parse_args()
     try:
         rows = collect(RECORDS)
+        page = (RECORDS.parent / "README.md").read_text(encoding="utf-8")
+        sections = render(rows) | ablation_section(page)
     except RecordError as error:
         print(f"error: these folders cannot stand in the table:\n{error}", file=sys.stderr)
         return 1
-    stale, sections = [], render(rows)
+    stale = []
     for path in (RECORDS.parent / "README.md", RECORDS / "README.md"):
         text = path.read_text(encoding="utf-8")
         filled = fill(text, sections)

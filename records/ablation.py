@@ -1,0 +1,241 @@
+"""Which switch matters how much? A table from logs: a control, and runs with other settings.
+
+    python records/ablation.py                      # the newest records/measurements/*_Ablation
+    python records/ablation.py logs/ --control modern-seed1 --plot switches.png
+
+Runs whose hyper-parameters are equal, but for seeds, names and reports, share a row. The control
+is the one that --control names, else the one with a log called control*, else the one from which
+the others differ in the fewest hyper-parameters. Exit status: 0 if there is a table, 1 if not.
+"""
+
+import argparse
+import math
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import check
+from compare import differences, save_figure
+from logs import LogError, Run, read_logs
+from record import RECORDS
+from significance import Welch, sample_std, welch
+
+# Names, the claim, and validations, for which the clock stands still, do not change the training.
+LABELS = {"track", "recipe", "data_path", "target", "token_budget", "val_loss_every"}
+FINEWEB = {"fineweb": "FineWeb", "sample": "this repository's sample of FineWeb"}
+HEADER = """\
+| changed | seeds | val_loss | against the control | train_time | tokens/s | peak MiB |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+"""
+
+
+class Group(NamedTuple):
+    """Runs that differ in nothing but their seeds."""
+
+    settings: dict[str, str]
+    runs: list[Run]
+
+    @property
+    def losses(self) -> list[float]:
+        return [run.final_loss for run in self.runs]
+
+    @property
+    def mean_time(self) -> float:
+        return fmean(run.train_time for run in self.runs)
+
+    def differing(self, other: "Group") -> list[str]:
+        """The hyper-parameters in which the two differ, in the order of the logs."""
+        return [name for name in self.settings | other.settings
+                if self.settings.get(name) != other.settings.get(name)]
+
+
+class Ablation(NamedTuple):
+    control: Group
+    others: list[Group]  # highest val_loss first
+
+    def changes(self, group: Group) -> str:
+        """`name`: value of the control -> value of the group, for all that differ."""
+        def value(side: Group, name: str) -> str:
+            return side.settings.get(name, "absent") or "empty"
+
+        return "; ".join(f"`{name}`: {value(self.control, name)} -> {value(group, name)}"
+                         for name in self.control.differing(group))
+
+    def loss_gap(self, group: Group) -> tuple[float, Welch | None]:
+        """How much higher the group's mean val_loss is; the test takes two seeds in both."""
+        return (fmean(group.losses) - fmean(self.control.losses),
+                welch(group.losses, self.control.losses))
+
+
+def train_tokens(run: Run) -> int | None:
+    """Tokens trained on. Logs that do not state them may count `batch_stages` in another unit."""
+    if stated := run.fact(r"^training tokens: ([\d,]+)$"):
+        return int(stated.replace(",", ""))
+    return None if run.hyperparameters.get("batch_stages") else run.train_tokens
+
+
+def find_control(groups: list[Group], name: str | None = None) -> Group:
+    """The group that the others are compared with. LogError if that is not clear."""
+    def with_log(fits) -> list[Group]:
+        return [group for group in groups if any(fits(run.path) for run in group.runs)]
+
+    if name is not None:
+        found = with_log(lambda path: name in (path.name, path.stem, str(path)))
+        problem = f"--control {name} has to name a log of one row, not of {len(found)}"
+    else:
+        total = [sum(len(group.differing(other)) for other in groups) for group in groups]
+        found = with_log(lambda path: path.stem.startswith("control")) or [
+            group for group, count in zip(groups, total, strict=True) if count == min(total)]
+        problem = ("it is ambiguous which runs are the control; name one of its logs with "
+                   "--control, or call that control.txt")
+    if len(found) != 1:
+        first = ", ".join(group.runs[0].name for group in found or groups)
+        raise LogError(f"{problem}; the rows begin with {first}")
+    return found[0]
+
+
+def require(rule: check.Rule, runs: list[Run], advice: str) -> None:
+    """LogError, with what to do, unless the runs pass a rule that is the same on all tracks."""
+    finding = rule(runs, check.TRACKS["webmix"], None)
+    if finding.status != check.PASS:
+        raise LogError(f"{finding.reason}; {advice}")
+
+
+def read_ablation(paths: Sequence[str | Path], control: str | None = None) -> Ablation:
+    """Group the runs of these logs and folders. LogError if they make no fair table."""
+    runs, groups = read_logs(paths), {}
+    for run in runs:
+        if not run.hyperparameters:
+            raise LogError(f"{run.name} does not list its hyper-parameters, as logs of "
+                           f"train_gpt.py do; name the other logs only")
+        settings = {name: value for name, value in run.hyperparameters.items()
+                    if name not in check.NOT_SETTINGS | LABELS}
+        groups.setdefault(frozenset(settings.items()), Group(settings, [])).runs.append(run)
+    for rule in (check.is_complete, check.is_finite, check.has_times):
+        require(rule, runs, "run it again, to its end, or name the other logs only")
+    if len(groups) < 2:
+        raise LogError("all of the logs have the same hyper-parameters, but for seeds and names; "
+                       "add runs with a switch that is set otherwise")
+    for group in groups.values():
+        names = ", ".join(run.name for run in group.runs)
+        require(check.is_independent, group.runs, f"leave one of these out: {names}")
+    chosen = find_control(list(groups.values()), control)
+    first = chosen.runs[0]
+    for run in runs:
+        problems, _ = differences([first], [run])
+        if problems:
+            raise LogError(f"{run.name} cannot be compared with the control, {first.name}: "
+                           f"{'; '.join(problems)}; run both on one machine and the same data")
+    others = [group for group in groups.values() if group is not chosen]
+    return Ablation(chosen, sorted(others, key=lambda group: -fmean(group.losses)))
+
+
+def describe_data(run: Run) -> str:
+    """What the run's shards are, by their names, sizes and hashes."""
+    for track in check.TRACKS.values():
+        if check.has_tracks_data([run], track, None).status == check.PASS:
+            return FINEWEB.get(track.data, f"**{track.data}, which is not FineWeb**")
+    return f"**data that is not known to be FineWeb**, with {run.shards[0].name}"
+
+
+def span(counts: list[int | None], unit: str) -> str:
+    """`80 steps`, `80 to 160 steps`, or that not all of the logs tell."""
+    if None in counts:
+        return f"{unit} not in all of the logs"
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) + f" {unit}"
+
+
+def headline(ablation: Ablation) -> str:
+    """Data, machine, length and seeds of the runs, as one line."""
+    groups = (ablation.control, *ablation.others)
+    runs = [run for group in groups for run in group.runs]
+    first, scripts = runs[0], len({run.source for run in runs})
+    facts = [
+        f"On {describe_data(max(runs, key=lambda run: len(run.shards)))}",
+        f"{first.world_size} x {first.hardware}".removeprefix("1 x "), f"torch {first.torch}",
+        span([run.train_steps for run in runs], "steps"),
+        span([train_tokens(run) for run in runs], "training tokens"),
+        f"val_loss on {first.number('val_tokens'):,} tokens",
+        *["one seed each, so that small differences may be noise"] * (len(runs) == len(groups)),
+        *[f"**the logs are of {scripts} different scripts**"] * (scripts > 1)]
+    return check.cell("; ".join(facts)) + "."
+
+
+def row(ablation: Ablation, group: Group) -> str:
+    """The group's line of the table; what the logs do not say is a dash."""
+    label, against, percent = f"none: the control, {group.runs[0].name}", "", ""
+    if group is not ablation.control:
+        label, (gap, test) = ablation.changes(group), ablation.loss_gap(group)
+        against = f"{gap:+z.4f}" + (f" (95%: {test.low:+.4f} to {test.high:+.4f})" if test else "")
+        percent = f" ({100 * (group.mean_time / ablation.control.mean_time - 1):+z.1f}%)"
+    spread, tokens = sample_std(group.losses), train_tokens(group.runs[0])
+    memory = [int(run.fact(r"^peak memory: (\d+) MiB") or 0) for run in group.runs]
+    cells = (label, str(len(group.runs)),
+             f"{fmean(group.losses):.5f}" + ("" if math.isnan(spread) else f" ± {spread:.5f}"),
+             against, f"{group.mean_time:,.1f} s{percent}",
+             "-" if tokens is None else f"{tokens / group.mean_time:,.0f}",
+             f"{max(memory):,}" if all(memory) else "-")
+    return f"| {' | '.join(map(check.cell, cells))} |\n"
+
+
+def render(ablation: Ablation) -> str:
+    """Markdown: what ran on what, and a table, the control first, then what costs most."""
+    rows = [row(ablation, group) for group in (ablation.control, *ablation.others)]
+    return f"{headline(ablation)}\n\n{HEADER}{''.join(rows)}"
+
+
+def plot(path: Path, ablation: Ablation) -> None:
+    """Write a PNG: a bar for each change, as long as its difference in val_loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    gaps, tests = zip(*map(ablation.loss_gap, ablation.others), strict=True)
+    labels = [textwrap.fill(textwrap.shorten(ablation.changes(group).replace("`", ""), 110), 60)
+              for group in ablation.others]
+    figure, axis = pyplot.subplots(figsize=(12, 1.8 + 0.5 * len(gaps)), layout="constrained")
+    axis.barh(range(len(gaps)), gaps, tick_label=labels, capsize=4,
+              color=["tab:red" if gap > 0 else "tab:blue" for gap in gaps],
+              xerr=[test.high - test.difference if test else math.nan for test in tests])
+    axis.axvline(0, color="black", lw=1)
+    axis.invert_yaxis()  # from the top, as in the table
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("val_loss against the control, nats per token"
+                    + ", with its 95% interval" * any(tests))
+    figure.suptitle(textwrap.fill(headline(ablation).replace("*", ""), 110), fontsize=9)
+    save_figure(figure, path)
+
+
+def newest_folder() -> Path | None:
+    """The newest records/measurements/*_Ablation, by the date in its name."""
+    return max((RECORDS / "measurements").glob("*_Ablation"), default=None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("logs", nargs="*", metavar="LOG", help="logs, or folders of logs; default: "
+                        "the newest records/measurements/*_Ablation")
+    parser.add_argument("--control", metavar="LOG", help="the name of one of the control's logs")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the differences")
+    args = parser.parse_args()
+    try:
+        paths = args.logs or [folder for folder in [newest_folder()] if folder]
+        if not paths:
+            raise LogError("there is no folder records/measurements/*_Ablation; name your logs")
+        ablation = read_ablation(paths, args.control)
+        print(render(ablation), end="")
+        if args.plot:
+            plot(args.plot, ablation)
+            print(f"plot: {args.plot}", file=sys.stderr)
+    except LogError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""Profile a training step of each batch stage: what takes the time, and how far from its limit.
+
+    python records/step_profile.py [any option of train_gpt.py] [--out FILE.md] [--trace FILE.json]
+
+A step in the middle of each stage runs with that stage's windows and learning rates: first timed
+without the profiler, then profiled. The kernels of the profile are summed by part of the step, and
+each part is set against a limit: arithmetic at the rate of a large matrix product, or each tensor
+moved once at the memory's bandwidth. What no rule knows is listed as "other". Without a GPU the
+operators' own times stand in for kernels, and there are no limits.
+
+Of operators other than Inductor's the trace has no results, so that their limit is too low.
+8-bit floats can beat the limit of matrix products, which is one of 16 bits.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from step_trace import (
+    ATTENTION,
+    BLOCKS,
+    HEAD,
+    MATRIX_OP,
+    OTHER,
+    PARTS,
+    RANGE,
+    Kernel,
+    Limits,
+    Sizes,
+    busy_time,
+    part_of,
+    read_trace,
+)
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_gpt  # noqa: E402  needs the path above
+from train_gpt import Hyperparameters, MicroBatch, Ranks, RunError  # noqa: E402
+
+UNTIMED, PROFILED, LISTED = 5, 2, 25  # steps, steps, kernels
+
+# -----------------------------------------------------------------------------
+# FLOPs and tables
+
+
+def attention_pairs(cu_seqlens: Tensor, window: int) -> int:
+    """Pairs of a query and a key that it sees: itself and `window` before it (0: no limit)."""
+    length = cu_seqlens.long().diff()
+    full = length.clamp(max=window + 1) if window else length
+    return int((full * (full + 1) // 2 + (length - full) * (window + 1)).sum())
+
+
+def attention_flops(model: train_gpt.GPT, batches: list[MicroBatch], windows) -> float:
+    """FLOPs of attention in a step, the backward pass being 2.5 times the forward."""
+    pairs = [sum(attention_pairs(batch.cu_seqlens.cpu(), window) for batch in batches)
+             for window in windows]
+    return 3.5 * 4 * model.args.model_dim * sum(pairs[block.is_long] for block in model.blocks)
+
+
+def matrix_rate(device: torch.device, size: int = 8192, times: int = 100) -> float:
+    """FLOP/s of a bfloat16 product of random square matrices."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    for _ in range(2):  # the first time to warm up
+        clock = train_gpt.Clock(device)
+        clock.start()
+        for _ in range(times):
+            torch.mm(a, b, out=out)
+        clock.stop()
+    return times * 2 * size**3 / clock.seconds
+
+
+def part_table(
+    kernels: list[Kernel], sizes: Sizes, steps: int, step_ms: float, limits: Limits | None,
+    flops: dict[str, float],
+) -> str:
+    """Parts of a step. `flops` per step are of the parts where they are known.
+
+    `kernels` are of so many steps, and `step_ms` is the time of one. Kernels of different parts may
+    overlap; what none of them fills is idle.
+    """
+    parts = defaultdict(list)
+    for kernel in kernels:
+        parts[part_of(kernel, sizes)].append(kernel)
+    lines = ["| part | ms | share | limit, ms | reached | the limit |",
+             "| --- | ---: | ---: | ---: | ---: | --- |"]
+    for part in dict.fromkeys([*PARTS, *parts]):
+        if ms := sum(kernel.time for kernel in parts[part]) / steps / 1000:
+            limit = "- | - | -"
+            if limits and part in flops:
+                bound = 1000 * flops[part] / limits.flops
+                limit = f"{bound:.3f} | {bound / ms:.0%} | {flops[part] / 1e12:.3f} TFLOP"
+            elif limits:
+                limit = tensor_limit(parts[part], sizes, steps, limits)
+            lines.append(f"| {part} | {ms:.3f} | {ms / step_ms:.1%} | {limit} |")
+    idle = max(0, step_ms - busy_time(kernels) / steps / 1000)
+    lines += [f"| idle | {idle:.3f} | {idle / step_ms:.1%} | - | - | - |",
+              f"| a step | {step_ms:.3f} | 100.0% | - | - | - |"]
+    return "\n".join(lines)
+
+
+def tensor_limit(kernels: list[Kernel], sizes: Sizes, steps: int, limits: Limits) -> str:
+    """The last three cells of a part, over those of its kernels whose tensors are in the trace."""
+    needed, covered = {}, 0.0
+    for kernel in kernels:
+        if (op := kernel.launcher) and (seconds := limits.seconds(op, sizes)):
+            needed[id(op)] = seconds  # once, however many kernels an operator launches
+            covered += kernel.time
+    if not covered:
+        return "- | - | -"
+    bound, share = sum(needed.values()), covered / sum(kernel.time for kernel in kernels)
+    return (f"{1000 * bound / steps:.3f} | {1e6 * bound / covered:.0%} | "
+            f"tensors of {share:.0%} of the time")
+
+
+def kernel_table(kernels: list[Kernel], sizes: Sizes, steps: int) -> str:
+    """The kernels that take most, matrix products by shape too, and those that no rule knows."""
+    times = defaultdict(list)
+    for kernel in kernels:
+        name, op = kernel.name, kernel.launcher
+        if op and MATRIX_OP.fullmatch(op.name):
+            name = " ".join("x".join(map(str, shape)) for shape in op.shapes[:3]) + f" {name}"
+        times[part_of(kernel, sizes), name[:90]].append(kernel.time)
+    ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
+    lines = ["| ms | calls | part | kernel |", "| ---: | ---: | --- | --- |"]
+    lines += [f"| {sum(some) / steps / 1000:.3f} | {len(some) / steps:g} | {part} | `{name}` |"
+              for (part, name), some in ranked[:LISTED]]
+    if unknown := [f"`{name}`" for (part, name), _ in ranked if part == OTHER]:
+        lines += ["", f"Not classified: {', '.join(unknown[:LISTED])}"]
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# Running steps
+
+
+class Ranged:
+    """An optimizer whose steps are a named range of the profile."""
+
+    def __init__(self, optimizer: train_gpt.ShardedOptimizer):
+        self.optimizer, self.name = optimizer, f"{RANGE}{type(optimizer).__name__}"
+
+    def __getattr__(self, name: str):
+        return getattr(self.optimizer, name)
+
+    def step(self) -> None:
+        with torch.profiler.record_function(self.name):
+            self.optimizer.step()
+
+
+class Trainer(NamedTuple):
+    """What train_gpt.train makes before its first step."""
+
+    args: Hyperparameters
+    ranks: Ranks
+    notes: list[str]  # what of it is not as the options say, for a person
+    model: train_gpt.GPT
+    compiled: Callable
+    optimizers: list[Ranged]
+
+
+def build(args: Hyperparameters) -> Trainer:
+    """RunError where a person has to act."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RunError("the profile is of one process: run it with python, without torchrun")
+    ranks = train_gpt.join_ranks()
+    args, notes = train_gpt.switch_off(args, ranks.device)
+    train_gpt.check_accumulation(args, ranks.world_size)
+    name, attention = train_gpt.choose_attention(args, ranks.device)
+    torch.manual_seed(args.seed)
+    model = train_gpt.GPT(args, attention).to(ranks.device)
+    optimizers = train_gpt.build_optimizers(model, args)
+    compiled = torch.compile(model, fullgraph=True) if args.compile else model
+    if args.kernel_warmup:
+        train_gpt.warm_up(model, compiled, optimizers, args, ranks)
+    notes = [f"attention {name}", *notes]
+    return Trainer(args, ranks, notes, model, compiled, [Ranged(o) for o in optimizers])
+
+
+def middle_steps(args: Hyperparameters) -> dict[int, int]:
+    """Of each size of a step, in tokens, the step in the middle of those that have it."""
+    steps = defaultdict(list)
+    for step in range(args.train_steps):
+        steps[args.batch_size_at(step)].append(step)
+    return {size: some[len(some) // 2] for size, some in steps.items()}
+
+
+def made_up_batch(args: Hyperparameters) -> MicroBatch:
+    """Random tokens, rare and frequent, in sequences as long as those of web pages."""
+    batch = train_gpt.random_micro_batch(args, args.device_batch_size, True)
+    random = torch.Generator().manual_seed(args.seed)
+    uniform = torch.rand((2, *batch.inputs_BT.shape), generator=random)
+    inputs, targets = (args.vocab_size**uniform - 1).int()
+    batch = batch._replace(inputs_BT=inputs, targets_BT=targets)
+    if batch.whole_rows:
+        return batch
+    lengths = (400 * torch.randn(args.device_batch_size // 16, generator=random).exp()).int()
+    ends = lengths.clamp(16, batch.max_length).cumsum(0)
+    rows = torch.arange(0, args.device_batch_size + 1, args.row_length)
+    ends = torch.cat([ends[ends < args.device_batch_size], rows])
+    return batch._replace(cu_seqlens=ends.unique().int())
+
+
+def stage_batches(
+    args: Hyperparameters, ranks: Ranks, size: int, count: int
+) -> tuple[list[list[MicroBatch]], str]:
+    """The micro-batches of `count` steps of `size` tokens, and what they hold, for a person."""
+    shards, _ = train_gpt.find_shards(train_gpt.data_folder(args))
+    stage = dataclasses.replace(args, batch_size=size, batch_stages="")
+    real = list(islice(train_gpt.train_batches(shards[:1], stage, ranks), count) if shards else ())
+    if real:
+        return [real[i % len(real)] for i in range(count)], f"documents of {shards[0].name}"
+    batch = made_up_batch(args).to(ranks.device)
+    return ([[batch] * (size // args.device_batch_size)] * count,
+            f"random tokens for want of shards in {args.data_path}")
+
+
+def time_steps(run_step: Callable, batches: list, device: torch.device) -> tuple[list[float], int]:
+    """Milliseconds of each step, queued without waiting as in training, and graphs compiled."""
+    clock = train_gpt.Clock(device)
+    clock.start()
+    stamps = [clock.stamp()]
+    for step_batches in batches:
+        run_step(step_batches)
+        stamps.append(clock.stamp())
+    ends = [1000 * clock.at(stamp) for stamp in stamps]
+    clock.stop()
+    return [end - start for start, end in pairwise(ends)], clock.recompilations
+
+
+def profile_steps(run_step: Callable, batches: list, device: torch.device, path: Path) -> None:
+    """Write the trace of all steps but the first, which warms the profiler up."""
+    profiler = torch.profiler
+    kinds = [profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(profiler.ProfilerActivity.CUDA)
+    phases = profiler.schedule(wait=0, warmup=1, active=len(batches) - 1, repeat=1)
+    with profiler.profile(activities=kinds, record_shapes=True, schedule=phases,
+                          on_trace_ready=lambda p: p.export_chrome_trace(str(path))) as profile:
+        for step_batches in batches:
+            run_step(step_batches)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            profile.step()
+
+
+def profile_stage(
+    trainer: Trainer, size: int, step: int, own: argparse.Namespace, trace: Path
+) -> Iterator[str]:
+    """The report of one stage, paragraph by paragraph, each as soon as it is known."""
+    args, device, model = trainer.args, trainer.ranks.device, trainer.model
+    on_gpu, windows = device.type == "cuda", train_gpt.attention_windows(step, args)
+    batches, data = stage_batches(args, trainer.ranks, size, UNTIMED + own.steps + 1 + PROFILED)
+    yield (f"## {size:,} tokens per step\n\nStep {step} of {args.train_steps:,}; windows of "
+           f"{windows[0]} and {windows[1]} tokens; micro-batches: {len(batches[0])}; {data}.")
+
+    def run_step(step_batches):
+        train_gpt.train_step(trainer.compiled, trainer.optimizers, step_batches, step, args,
+                             trainer.ranks)
+
+    if on_gpu:
+        torch.cuda.empty_cache()  # what was reserved for the warm-up is not this stage's
+        torch.cuda.reset_peak_memory_stats(device)
+    for step_batches in batches[:UNTIMED]:
+        run_step(step_batches)
+    timed, profiled = batches[UNTIMED : UNTIMED + own.steps], batches[UNTIMED + own.steps :]
+    times, compiled = time_steps(run_step, timed, device)
+    ms, memory = statistics.median(times), train_gpt.peak_memory(device)
+    yield (f"{ms:.3f} ms is the median of {own.steps} steps of {min(times):.3f} to "
+           f"{max(times):.3f} ms, in which {compiled} graphs were compiled.")
+
+    profile_steps(run_step, profiled, device, trace)
+    if not (kernels := read_trace(trace, on_gpu)):
+        yield "The profiler saw nothing run; another profiler may be at work on this machine."
+        return
+    limits = Limits(own.rate * 1e12, own.bandwidth * 1e12) if on_gpu else None
+    head = (model.embed.weight if model.head is None else model.head).numel()
+    blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
+    attention = [attention_flops(model, some, windows) for some in profiled[-PROFILED:]]
+    flops = {BLOCKS: 6 * blocks * size, HEAD: 6 * head * size,
+             ATTENTION: statistics.fmean(attention)}
+    sizes = Sizes(args.vocab_size, args.model_dim, args.bigram_rows, args.device_batch_size)
+    # The profiler slows a CPU's own work; a GPU's kernels take as long as without it.
+    span = (max(k.end for k in kernels) - min(k.start for k in kernels)) / PROFILED / 1000
+    yield part_table(kernels, sizes, PROFILED, ms if on_gpu else span, limits, flops)
+    yield kernel_table(kernels, sizes, PROFILED)
+    rate = (flops[BLOCKS] + flops[HEAD]) / ms / 1e9
+    share = f", {rate / own.rate:.1%} of {own.rate:g}" if on_gpu else ""
+    yield (f"Model: {rate:.4g} TFLOP/s{share} (6 x {blocks + head:,} active weights x tokens / "
+           f"time); {1000 * size / ms:,.0f} tokens/s; peak memory {memory}.")
+
+
+def profile_all(args: Hyperparameters, own: argparse.Namespace) -> Iterator[str]:
+    """The report of all stages, paragraph by paragraph. RunError where a person has to act."""
+    trainer = build(args)
+    device, stages = trainer.ranks.device, middle_steps(args)
+    on_gpu = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if on_gpu else "CPU"
+    yield (f"# Profile of a training step\n\n{machine}, torch {torch.__version__}; recipe "
+           f"{args.recipe}; {'; '.join(trainer.notes)}.")
+    if on_gpu:
+        yield (f"Limits: {own.rate:g} TFLOP/s (here a product of 8192 x 8192 reaches "
+               f"{matrix_rate(device) / 1e12:.0f}) and {own.bandwidth:g} TB/s.")
+    with tempfile.TemporaryDirectory() as folder:
+        for size, step in stages.items():
+            trace = own.trace or Path(folder) / "trace.json"
+            if len(stages) > 1:
+                trace = trace.with_stem(f"{trace.stem}-{size}")
+            yield from profile_stage(trainer, size, step, own, trace)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="step_profile.py [any option of train_gpt.py] [options]", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the report there too")
+    parser.add_argument("--trace", type=Path, metavar="FILE.json",
+                        help="keep the trace, for chrome://tracing; one for each stage")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps; default 5")
+    parser.add_argument("--rate", type=float, default=782.0, metavar="TFLOP/S",
+                        help="of a large bfloat16 matrix product; default 782, an H200's")
+    parser.add_argument("--bandwidth", type=float, default=4.3, metavar="TB/S",
+                        help="of the memory; default 4.3, an H200's")
+    own, rest = parser.parse_known_args(argv)
+    for name in ("steps", "rate", "bandwidth"):
+        if not getattr(own, name) > 0:
+            parser.error(f"--{name} must be positive")
+    for path in (own.out, own.trace):
+        if path and not path.resolve().parent.is_dir():
+            parser.error(f"there is no folder {path.resolve().parent}")
+    args, paragraphs = train_gpt.parse_hyperparameters(rest), []
+    try:
+        for paragraph in profile_all(args, own):
+            print(paragraph, end="\n\n", flush=True)
+            paragraphs.append(paragraph)
+            if own.out:
+                own.out.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
