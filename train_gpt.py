@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import difflib
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import math
 import os
@@ -107,6 +107,7 @@ class Hyperparameters:
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-10  # added to the root of the second moment
+    lazy_tables: bool = False  # a step leaves the rows of embedding tables alone that it lacks
     weight_decay: float = 0.0  # decoupled, of all parameters; times the learning rate
     # Schedule
     train_steps: int = 1_500  # optimizer steps
@@ -118,6 +119,9 @@ class Hyperparameters:
     residual_dtype: str = "bfloat16"  # of the residual stream
     loss_chunk_size: int = 8_192  # tokens whose logits exist at the same time
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
+    fp8_head: bool = False  # 8-bit floats in the head's matrix products
+    fp8_blocks: bool = False  # and in the blocks', except for the gradients of their weights
+    triton_kernels: bool = False  # Triton kernels: loss of capped logits, lazy tables
     compile: bool = True  # torch.compile
     kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts
     # Reports
@@ -180,6 +184,13 @@ BASELINE = dict(
     residual_dtype="float32",
 )
 
+# In the making: what helped most in records/measurements.
+RECORD = dict(
+    batch_size=65_536, device_batch_size=65_536, key_offset=True, bigram_rows=5 * 50_304,
+    matrix_lr=0.02, embed_lr=0.12, bigram_lr=0.25, head_lr=0.0033, scalar_lr=0.016, muon_beta2=0.9,
+    train_steps=4_600, loss_chunk_size=16_384, fp8_head=True, fp8_blocks=True, triton_kernels=True,
+)
+
 # Small enough for two cores of a CPU and some minutes.
 TINY = dict(
     batch_size=2_048, device_batch_size=2_048, val_batch_size=8_192, row_length=512,
@@ -191,15 +202,16 @@ TINY = dict(
 # A recipe is a set of overrides of the defaults above, which are the recipe `modern`.
 RECIPES: dict[str, dict] = {
     "modern": {},
-    # In the making: what helped most in records/measurements/2026-11-21_Screening.
-    "record": dict(batch_stages="65536,131072,393216", device_batch_size=65_536, key_offset=True,
-                   bigram_rows=5 * 50_304, muon_beta2=0.9, train_steps=2_400),
+    "record": RECORD,
     "modern-small": dict(train_steps=2_000),
     "modern-medium": dict(num_layers=16, num_heads=8, model_dim=1_024, train_steps=6_000),
     "baseline": BASELINE,
     "sample": TINY | dict(value_embeddings=1, window_start=128, window_end=512, embed_lr=0.5,
                           head_lr=0.02),
     "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
+    "sample-record": RECORD | TINY | dict(value_embeddings=1, window_start=128, window_end=512,
+                                          bigram_rows=4_096, matrix_lr=0.05, embed_lr=0.5,
+                                          head_lr=0.02, scalar_lr=0.04),
 }
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
@@ -303,6 +315,10 @@ def find_problem(args: Hyperparameters) -> str | None:
             return f"--{name} must not be negative, got {getattr(args, name)}"
     if args.logit_softcap > 70:  # exp(70) * vocab_size is about the largest float32
         return f"--logit_softcap must be at most 70, got {args.logit_softcap}"
+    for name in ("model_dim", "row_length", "loss_chunk_size"):
+        if (args.fp8_head or args.fp8_blocks) and getattr(args, name) % 16:
+            return (f"--{name} must be a multiple of 16 with --fp8_head or --fp8_blocks, got "
+                    f"{getattr(args, name)}")
     for name in ("batch_size", "device_batch_size", "val_batch_size", "val_tokens"):
         if getattr(args, name) % args.row_length:
             return (f"--{name} {getattr(args, name)} must be a multiple of --row_length "
@@ -722,14 +738,106 @@ def choose_attention(args: Hyperparameters, device: torch.device) -> tuple[str, 
     return name, usable[name]
 
 
+def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparameters, list[str]]:
+    """`args` without what this device cannot run, and what that is, for a person."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    missing = {}
+    if capability < (8, 9):
+        reason = "only Ada, Hopper and newer GPUs have 8-bit floats; 16 bits instead, and slower"
+        missing |= {"fp8_head": reason, "fp8_blocks": reason}
+    if not has_triton:
+        missing["triton_kernels"] = "they need a GPU and Triton; plain PyTorch instead, and slower"
+    missing = {name: reason for name, reason in missing.items() if getattr(args, name)}
+    notes = [f"--{name} is off here: {reason}" for name, reason in missing.items()]
+    return dataclasses.replace(args, **dict.fromkeys(missing, False)), notes
+
+
 def norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, without gain (Zhang and Sennrich 2019)."""
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) times a float32 weight (out, in), in the dtype of x."""
-    return F.linear(x, weight.to(x.dtype))
+class Float8(NamedTuple):
+    """A matrix in 8-bit floats: values (rows without gaps) times scale (a float32 scalar)."""
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def T(self) -> "Float8":
+        if self.values.is_cuda:
+            from triton_kernels import transposed
+
+            return Float8(transposed(self.values), self.scale)
+        return Float8(self.values.T.contiguous(), self.scale)
+
+
+def float8(x: Tensor, bound=None) -> Float8:
+    """x rounded to 8-bit floats with 3 bits of mantissa; `bound` is the largest that |x| can be.
+
+    Without a bound, the largest |x| is looked for, which takes a pass over x.
+    """
+    bound = x.abs().amax() if bound is None else torch.as_tensor(bound, device=x.device)
+    scale = bound.float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return Float8((x.float() / scale).to(torch.float8_e4m3fn), scale)
+
+
+def float8_gradient(grad: Tensor, scale: float) -> Float8:
+    """grad * scale rounded to 8-bit floats with 2 bits of mantissa, but 31 powers of two of range.
+
+    With that range a constant serves as the scale.
+    """
+    limit = torch.finfo(torch.float8_e5m2).max
+    values = (grad.float() * scale).clamp(-limit, limit).to(torch.float8_e5m2)
+    return Float8(values, grad.new_full((), 1 / scale, dtype=torch.float32))
+
+
+def product(a_MK, b_NK, dtype: torch.dtype, is_gradient: bool = False) -> Tensor:
+    """a @ b.T, (M, N): two tensors of `dtype`, or two of Float8, with a result of `dtype`.
+
+    For 8-bit gradients the matrix units have to add up more exactly, and slower: without, the loss
+    was 0.04 higher.
+    """
+    if not isinstance(a_MK, Float8):
+        return a_MK @ b_NK.T
+    if not a_MK.values.is_cuda:  # the plain twin
+        scale = a_MK.scale * b_NK.scale
+        return (a_MK.values.float() @ b_NK.values.float().T * scale).to(dtype)
+    return torch._scaled_mm(a_MK.values, b_NK.values.T, a_MK.scale, b_NK.scale, out_dtype=dtype,
+                            use_fast_accum=not is_gradient)
+
+
+class Float8Linear(torch.autograd.Function):
+    """x (N, in) times weight (out, in) in 8-bit floats, forward and for the gradient of x.
+
+    `bound` is the largest that |x| can be. The gradient of the weight is a product in the dtype of
+    x: in 8-bit floats it would need two transposed copies, which cost what it saves.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_ED, bound):
+        weight = float8(weight_ED)
+        ctx.save_for_backward(x_ND, *weight)
+        return product(float8(x_ND, bound), weight, x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_NE):
+        x_ND, *weight = ctx.saved_tensors
+        # Of a sum over tokens; 2^6 brings what one token contributes into the middle of the range.
+        grad_x = product(float8_gradient(grad_NE, 2.0**6), Float8(*weight).T, x_ND.dtype, True)
+        return grad_x, grad_NE.T @ x_ND, None
+
+
+def linear(x: Tensor, weight: Tensor, bound=None) -> Tensor:
+    """x (..., in) times a float32 weight (out, in), in the dtype of x.
+
+    In 8-bit floats if a `bound` of |x| is given, a number or a scalar on the device of x.
+    """
+    if bound is None:
+        return F.linear(x, weight.to(x.dtype))
+    y = Float8Linear.apply(x.flatten(0, -2), weight.to(x.dtype), bound)
+    return y.unflatten(0, x.shape[:-1])
 
 
 class Rotary(nn.Module):
@@ -766,7 +874,7 @@ class CausalSelfAttention(nn.Module):
         self, args: Hyperparameters, attention: Callable, has_value_embedding: bool, is_long: bool
     ):
         super().__init__()
-        self.key_offset = args.key_offset and is_long
+        self.key_offset, self.fp8 = args.key_offset and is_long, args.fp8_blocks
         self.num_heads, self.qk_norm, self.eps = args.num_heads, args.qk_norm, args.norm_eps
         self.scale = args.attention_scale or args.head_dim**-0.5
         self.attention = attention
@@ -777,7 +885,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x_BTD, rotary, batch, window, value_embedding_BTD, is_first_BT) -> Tensor:
         B, T, D = x_BTD.shape
-        qkv = linear(x_BTD, self.qkv.flatten(0, 1))
+        qkv = linear(x_BTD, self.qkv.flatten(0, 1), D**0.5 if self.fp8 else None)
         q, k, v = qkv.view(B, T, 3, self.num_heads, -1).unbind(2)
         if self.qk_norm:  # Dehghani et al. 2023
             q, k = norm(q, self.eps), norm(k, self.eps)
@@ -798,14 +906,23 @@ class MLP(nn.Module):
     def __init__(self, args: Hyperparameters):
         super().__init__()
         hidden = args.mlp_ratio * args.model_dim
-        self.activation = args.activation
+        self.activation, self.fp8 = args.activation, args.fp8_blocks
         self.up = nn.Parameter(torch.empty(hidden, args.model_dim))
         self.projection = nn.Parameter(torch.empty(args.model_dim, hidden))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        h = linear(x_BTD, self.up)
-        h = F.gelu(h) if self.activation == "gelu" else F.relu(h).square()  # So et al. 2021
-        return linear(h, self.projection)
+        bound = bound_h = None
+        if self.fp8:
+            # No number of a normalised vector is larger than the root of its length, and none of
+            # its product with a row of weights larger than that root times the row's length.
+            # Rounding to 8 bits makes both factors longer by up to 1/16, hence the 1.14.
+            bound = x_BTD.size(-1) ** 0.5
+            bound_h = 1.14 * bound * self.up.detach().norm(dim=-1).amax()
+        h = linear(x_BTD, self.up, bound)
+        if self.activation == "gelu":
+            return linear(F.gelu(h), self.projection, bound_h)
+        bound_h = None if bound_h is None else bound_h**2
+        return linear(F.relu(h).square(), self.projection, bound_h)  # So et al. 2021
 
 
 class Block(nn.Module):
@@ -925,67 +1042,106 @@ class GPT(nn.Module):
                 skips.append(x)
         x = norm(x, args.norm_eps).to(self.dtype)
         head = self.embed.weight if self.head is None else self.head
-        return linear_cross_entropy(x.flatten(0, 1), head, batch.targets_BT.flatten(),
-                                    args.logit_softcap, args.loss_chunk_size)
+        return linear_cross_entropy(x.flatten(0, 1), head, batch.targets_BT.flatten(), args)
 
 
-def linear_cross_entropy(x_ND, weight_VD, targets_N, softcap: float, chunk_size: int) -> Tensor:
-    """Sum of cross entropies of the logits x @ weight.T, soft-capped unless `softcap` is 0."""
+def linear_cross_entropy(x_ND, weight_VD, targets_N, args: Hyperparameters) -> Tensor:
+    """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
+
+    With `fp8_head`, x has to be RMS-normalised; validation does without 8-bit floats.
+    """
     if torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, softcap, chunk_size)
+        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, args)
     weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
-    chunks = zip(x_ND.split(chunk_size), targets_N.split(chunk_size), strict=True)
-    return sum(chunk_loss(x, weight, len(weight_VD), t, softcap)[0] for x, t in chunks)
+    total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+    for x, targets in split(args.loss_chunk_size, x_ND, targets_N):
+        logits = capped(product(x, weight, x.dtype)[:, : len(weight_VD)], args.logit_softcap)
+        total = total + (log_total(logits, args.logit_softcap)[:, 0] - pick(logits, targets)).sum()
+    return total
+
+
+def split(size: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradients are computed beside the loss, chunk by chunk, so that the logits of a whole
-    micro-batch, the largest tensor of the run by far, never exist. On a CPU, new memory for them
-    costs more than the arithmetic, hence the operations in place."""
+    micro-batch, the largest tensor of the run by far, never exist."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, softcap, chunk_size):
-        vocab_size = len(weight_VD)
-        weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
-        loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        grad_weight = torch.zeros_like(weight_VD)
-        grad_x = []
-        vocabulary = torch.arange(vocab_size, device=x_ND.device)
-        chunks = zip(x_ND.split(chunk_size), targets_N.split(chunk_size), strict=True)
-        for x, targets in chunks:
-            chunk, z, log_total = chunk_loss(x, weight, vocab_size, targets, softcap)
-            loss = loss + chunk
-            grad = (z - log_total).exp_().sub_((vocabulary == targets[:, None]).float())
-            if softcap:
-                grad.mul_(z.mul_(2 / softcap - z / softcap**2))
-            grad = F.pad(grad.to(x.dtype), (0, len(weight) - vocab_size))
-            grad_x.append(grad @ weight)
-            grad_weight.add_((grad.T @ x)[:vocab_size])
+    def forward(ctx, x_ND, weight_VD, targets_N, args):
+        fp8, dtype, vocab_size = args.fp8_head, x_ND.dtype, len(weight_VD)
+        weight = pad_vocabulary(weight_VD.to(dtype))
+        weight = float8(weight) if fp8 else weight
+        weight_T = weight.T
+        total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        grad_weight, grad_x = torch.zeros_like(weight_VD), []
+        for x, targets in split(args.loss_chunk_size, x_ND, targets_N):
+            x = float8(x, x.size(-1) ** 0.5) if fp8 else x
+            logits = product(x, weight, dtype)
+            # Capped logits have gradients between -1 and 1; times 2^15, few are too small for
+            # 8-bit floats.
+            scale, grad_dtype = (2.0**15, torch.float8_e5m2) if fp8 else (1.0, dtype)
+            settings = vocab_size, args.logit_softcap, scale, grad_dtype
+            if args.triton_kernels and args.logit_softcap:
+                from triton_kernels import capped_cross_entropy
+
+                losses, grad = capped_cross_entropy(logits, targets, *settings)
+            else:
+                losses, grad = cross_entropy(logits, targets, *settings)
+            total = total + losses.sum()
+            grad = Float8(grad, x.scale.new_full((), 1 / scale)) if fp8 else grad
+            grad_x.append(product(grad, weight_T, dtype, is_gradient=True))
+            grad_weight.add_(product(grad.T, x.T, torch.float32 if fp8 else dtype,
+                                     is_gradient=True)[:vocab_size])
         ctx.save_for_backward(torch.cat(grad_x), grad_weight)
-        return loss
+        return total
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        return (grad_loss * grad_x).type_as(grad_x), grad_loss * grad_weight, None, None, None
+        return (grad_loss * grad_x).type_as(grad_x), grad_loss * grad_weight, None, None
+
+
+def cross_entropy(logits_NV, targets_N, vocab_size: int, softcap: float, scale: float, dtype):
+    """Cross entropies (N,) of the capped logits, and their gradients (N, V) times `scale`.
+
+    The columns from `vocab_size` on are padding, with gradient 0. On a CPU, new memory costs more
+    than the arithmetic, hence the operations in place. The plain twin of a Triton kernel.
+    """
+    z = capped(logits_NV[:, :vocab_size], softcap)
+    total = log_total(z, softcap)
+    losses = total[:, 0] - pick(z, targets_N)
+    vocabulary = torch.arange(vocab_size, device=z.device)
+    grad = (z - total).exp_().sub_((vocabulary == targets_N[:, None]).float())
+    if softcap:
+        grad.mul_(z.div_(softcap).square_().neg_().add_(1))
+    grad = grad.mul_(scale).to(dtype)
+    return losses, F.pad(grad, (0, logits_NV.size(1) - vocab_size))
+
+
+def capped(logits_NV: Tensor, softcap: float) -> Tensor:
+    """Gemma 2's softcap * tanh(logits / softcap), float32, in place if they are; 0: the logits."""
+    logits = logits_NV.float()
+    if softcap:  # tanh by way of the sigmoid, which GPUs compute faster
+        logits = logits.mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
+    return logits
+
+
+def log_total(z_NV: Tensor, softcap: float) -> Tensor:
+    """log(sum(exp(z))), (N, 1). A cap makes the pass for the largest z needless."""
+    if softcap:
+        return (z_NV - softcap).exp_().sum(-1, keepdim=True).log() + softcap
+    return torch.logsumexp(z_NV, dim=-1, keepdim=True)
+
+
+def pick(z_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return z_NV.gather(1, targets_N.long()[:, None])[:, 0]
 
 
 def pad_vocabulary(weight_VD: Tensor) -> Tensor:
     """Rows of zeros up to a multiple of 64 on a GPU, whose matrix units want aligned sizes."""
     return F.pad(weight_VD, (0, 0, 0, -len(weight_VD) % 64)) if weight_VD.is_cuda else weight_VD
-
-
-def chunk_loss(x_ND, weight, vocab_size: int, targets_N, softcap: float):
-    """Of one chunk: the summed loss, the float32 logits (N, V) and log(sum(exp(logits))) (N, 1)."""
-    z = (x_ND @ weight.T)[:, :vocab_size].float()
-    if softcap:
-        # Gemma 2's cap * tanh(z / cap), plus cap. The bound makes a pass for the maximum needless.
-        z = z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap)
-        log_total = (z - softcap).exp_().sum(-1, keepdim=True).log() + softcap
-    else:
-        log_total = torch.logsumexp(z, dim=-1, keepdim=True)
-    target_logit = z.gather(1, targets_N.long()[:, None])
-    return (log_total - target_logit).sum(), z, log_total
 
 
 # -----------------------------------------------------------------------------
@@ -1031,7 +1187,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rank, self.world_size = rank, world_size
         self.flats = []
         for group in self.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"], group["grad_scale"] = group["lr"], 1.0
             flat = self.flatten([p.detach() for p in group["params"]])
             offset = 0
             for p in group["params"]:
@@ -1040,10 +1196,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.flats.append(flat)
 
     def flatten(self, tensors: list[Tensor]) -> Tensor:
-        """The units of all tensors in one new tensor, zeros added to share them out evenly."""
+        """The units of all tensors in one tensor, zeros added to share them out evenly."""
         unit_shape = tensors[0].shape[tensors[0].ndim - self.unit_ndim :]
         units = [tensor.reshape(-1, *unit_shape) for tensor in tensors]
         missing = -sum(map(len, units)) % self.world_size
+        if len(units) == 1 and not missing:
+            return units[0]  # a large table need not be copied
         return torch.cat([*units, units[0].new_zeros(missing, *unit_shape)])
 
     def share(self, flat: Tensor) -> Tensor:
@@ -1098,26 +1256,43 @@ class Muon(ShardedOptimizer):
 
     unit_ndim = 2
 
+    def __init__(self, groups: list[dict], rank: int, world_size: int, fuse: bool, **defaults):
+        super().__init__(groups, rank, world_size, **defaults)
+        self.kernel = torch.compile(muon_update, dynamic=False) if fuse else muon_update
+
     def update(self, p_NRC: Tensor, grad_NRC: Tensor, state: dict, group: dict) -> None:
+        tall = p_NRC.size(-2) >= p_NRC.size(-1)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad_NRC)
-        momentum, buffer = group["momentum"], state["momentum_buffer"]
-        buffer.lerp_(grad_NRC, 1 - momentum)
-        update = grad_NRC.lerp(buffer, momentum) if group["nesterov"] else buffer
-        update = zeropower_via_newtonschulz5(update, group["iteration"])
-        if group["beta2"]:
-            size = update.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32)
-            mean_square = update.float().square().mean(
-                -1 if update.size(-2) >= update.size(-1) else -2, keepdim=True)
-            if "second_moment" not in state:
-                state["second_moment"] = torch.zeros_like(mean_square)
-            state["second_moment"].lerp_(mean_square, 1 - group["beta2"])
-            update = update * (state["second_moment"] + 1e-10).rsqrt()
-            update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+            state["second_moment"] = grad_NRC.new_zeros(
+                len(p_NRC), *((p_NRC.size(-2), 1) if tall else (1, p_NRC.size(-1))))
         # An update changes a layer's output by as much whatever the layer's shape.
         scale = max(1, p_NRC.size(-2) / p_NRC.size(-1)) ** 0.5
-        p_NRC.mul_(1 - group["lr"] * group["weight_decay"])
-        p_NRC.add_(update, alpha=-group["lr"] * scale)
+        # Tensors, so that a new value does not compile a new kernel.
+        grad_scale, momentum = torch.tensor(group["grad_scale"]), torch.tensor(group["momentum"])
+        decay = torch.tensor(1 - group["lr"] * group["weight_decay"])
+        step_size = torch.tensor(group["lr"] * scale)
+        self.kernel(p_NRC, grad_NRC, grad_scale, state["momentum_buffer"], state["second_moment"],
+                    momentum, step_size, decay, group["nesterov"], group["iteration"],
+                    group["beta2"])
+
+
+def muon_update(
+    p_NRC, grad_NRC, grad_scale, buffer_NRC, second_moment, momentum, step_size, decay,
+    nesterov: bool, iteration: str, beta2: float,
+) -> None:
+    grad_NRC = grad_NRC * grad_scale
+    buffer_NRC.mul_(momentum).add_(grad_NRC * (1 - momentum))
+    update = grad_NRC * (1 - momentum) + buffer_NRC * momentum if nesterov else buffer_NRC
+    update = zeropower_via_newtonschulz5(update, iteration)
+    if beta2:
+        update = update.float()
+        size = update.norm(dim=(-2, -1), keepdim=True)
+        mean_square = update.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True)
+        second_moment.lerp_(mean_square, 1 - beta2)
+        update = update * (second_moment + 1e-10).rsqrt()
+        update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    p_NRC.mul_(decay).sub_(update * step_size)
 
 
 class Adam(ShardedOptimizer):
@@ -1137,16 +1312,46 @@ class Adam(ShardedOptimizer):
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
         # Tensors, so that a new value does not compile a new kernel.
+        grad_scale = torch.tensor(group["grad_scale"])
         decay = torch.tensor(1 - group["lr"] * group["weight_decay"])
         step_size, root_bias2 = torch.tensor(group["lr"] / bias1), torch.tensor(bias2**0.5)
-        self.kernel(p, grad, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, group["eps"],
-                    decay, step_size, root_bias2)
+        self.kernel(p, grad, grad_scale, state["exp_avg"], state["exp_avg_sq"], beta1, beta2,
+                    group["eps"], decay, step_size, root_bias2)
 
 
-def adam_update(p, grad, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_size, root_bias2):
+def adam_update(
+    p, grad, grad_scale, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_size, root_bias2
+) -> None:
+    grad = grad * grad_scale
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     p.mul_(decay).sub_(step_size * exp_avg / (exp_avg_sq.sqrt() / root_bias2 + eps))
+
+
+class LazyAdam(Adam):
+    """Adam for embedding tables, in which a row rests while no token of a step looks it up.
+
+    A resting row keeps its moments too, and costs no more than to see that its gradient is zero.
+    """
+
+    unit_ndim = 1
+
+    def __init__(self, *args, fuse: bool, **defaults):
+        super().__init__(*args, fuse=False, **defaults)
+        self.kernel = lazy_adam_update
+        if fuse:
+            from triton_kernels import lazy_adam_update as kernel
+
+            self.kernel = kernel
+
+
+def lazy_adam_update(p_RD, grad_RD, grad_scale, exp_avg_RD, exp_avg_sq_RD, *settings) -> None:
+    """The plain twin of a Triton kernel."""
+    used = grad_RD.any(-1)
+    rows = [tensor[used] for tensor in (p_RD, exp_avg_RD, exp_avg_sq_RD)]
+    adam_update(rows[0], grad_RD[used], grad_scale, *rows[1:], *settings)
+    for tensor, new in zip((p_RD, exp_avg_RD, exp_avg_sq_RD), rows, strict=True):
+        tensor[used] = new
 
 
 LEARNING_RATES = ("matrix", "embed", "bigram", "head", "scalar")  # kinds of parameters
@@ -1157,7 +1362,7 @@ def build_optimizers(
 ) -> list[ShardedOptimizer]:
     """Optimizers that hold each parameter of the model once; RunError names one they do not."""
     lrs = {kind: getattr(args, f"{kind}_lr") for kind in LEARNING_RATES}
-    adam_groups, muon_groups = {}, {}
+    adam_groups, lazy_groups, muon_groups = {}, {}, {}
     for name, p in model.named_parameters():
         if p.ndim < 2:
             kind = "scalar"
@@ -1169,21 +1374,25 @@ def build_optimizers(
             kind = "embed"
         else:
             kind = "matrix"
-        use_muon = kind == "matrix" and args.optimizer == "muon"
-        groups, key = (muon_groups, p.shape[-2:]) if use_muon else (adam_groups, kind)
+        groups, key = adam_groups, kind
+        if kind in ("embed", "bigram", "head"):
+            key = name  # a group of its own, so that nothing so large is copied
+            groups = lazy_groups if args.lazy_tables and kind != "head" else adam_groups
+        elif kind == "matrix" and args.optimizer == "muon":
+            groups, key = muon_groups, p.shape[-2:]
         groups.setdefault(key, dict(params=[], lr=lrs[kind]))["params"].append((name, p))
 
+    adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
+    muon = dict(momentum=args.muon_momentum, beta2=args.muon_beta2, nesterov=args.muon_nesterov,
+                iteration=args.muon_iteration)
     optimizers = [
-        Adam(list(adam_groups.values()), rank, world_size, fuse=args.compile,
-             betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps,
-             weight_decay=args.weight_decay)
+        kind(list(groups.values()), rank, world_size, fuse=fuse, weight_decay=args.weight_decay,
+             **settings)
+        for kind, groups, fuse, settings in (
+            (Adam, adam_groups, args.compile, adam), (Muon, muon_groups, args.compile, muon),
+            (LazyAdam, lazy_groups, args.triton_kernels, adam))
+        if groups
     ]
-    if muon_groups:
-        optimizers.append(
-            Muon(list(muon_groups.values()), rank, world_size, momentum=args.muon_momentum,
-                 beta2=args.muon_beta2, nesterov=args.muon_nesterov,
-                 iteration=args.muon_iteration, weight_decay=args.weight_decay)
-        )
     held = [name for o in optimizers for g in o.param_groups for name in g["param_names"]]
     for name, _ in model.named_parameters():
         if held.count(name) != 1:
@@ -1235,6 +1444,7 @@ def set_schedules(optimizers: list[ShardedOptimizer], step: int, args: Hyperpara
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier(step, args)
+            group["grad_scale"] = 1 / args.batch_size_at(step)
             if "momentum" in group:
                 group["momentum"] = muon_momentum(step, args)
 
@@ -1358,12 +1568,21 @@ def describe_machine(device: torch.device) -> str:
     return "\n".join(lines)
 
 
+def read_source(args: Hyperparameters) -> str:
+    """This file, and after a mark the kernels', if the run uses them."""
+    here = Path(__file__)
+    source, kernels = here.read_text(encoding="utf-8"), here.with_name("triton_kernels.py")
+    if args.triton_kernels:
+        source += f"\n# file: {kernels.name}\n{kernels.read_text(encoding='utf-8')}"
+    return source
+
+
 def log_header(
     log: Log, args: Hyperparameters, model: GPT, ranks: Ranks, attention: str,
     train: list[ShardInfo], val: list[ShardInfo],
 ) -> None:
     """The source of the run, then all that is needed to run it again."""
-    log(Path(__file__).read_text(encoding="utf-8"))
+    log(read_source(args))
     log("=" * 100)
     log(describe_machine(ranks.device))
     log("=" * 100)
@@ -1630,9 +1849,10 @@ def train_step(
     windows = attention_windows(step, args)
     total = torch.zeros((), device=ranks.device)
     for batch in batches:
-        # Divided by the tokens of the step, so that micro-batches and ranks simply add up.
+        # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
+        # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
-            loss = model(batch.to(ranks.device), windows) / args.batch_size_at(step)
+            loss = model(batch.to(ranks.device), windows)
             loss.backward()
         total += loss.detach()
     for optimizer in optimizers:
@@ -1640,7 +1860,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     if ranks.world_size > 1:
         dist.all_reduce(total)
-    return total
+    return total / args.batch_size_at(step)
 
 
 def warm_up(
@@ -1691,6 +1911,7 @@ def memory_advice(args: Hyperparameters, knob: str) -> Iterator[None]:
 
 def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
     """Train and validate one model, and log it. RunError where a person has to act."""
+    args, notes = switch_off(args, ranks.device)
     check_accumulation(args, ranks.world_size)
     attention_name, attention = choose_attention(args, ranks.device)
     train_shards, val_shards = on_first_rank(lambda: plan_data(args), ranks)
@@ -1705,6 +1926,8 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
 
     log(f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
         f"{args.describe_batch()} tokens to val_loss {args.target}", console=True)
+    for note in notes:
+        log(note, console=True)
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
         log("compiling and warming up on random tokens; the clock starts after it", console=True)

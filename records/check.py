@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from logs import LogError, Run, read_logs
+from logs import LogError, Run, read_logs, source_files
 from significance import below_target, sample_std
 
 PASS, FAIL, CANNOT_TELL = "pass", "fail", "cannot tell"
@@ -327,7 +327,10 @@ def has_tracks_data(runs: list[Run], track: Track, script: str | None) -> Findin
 
 
 def shows_its_source(runs: list[Run], track: Track, script: str | None) -> Finding:
-    """All logs start with the same source, which is the train_gpt.py beside them."""
+    """All logs start with the same source, which is the train_gpt.py beside them.
+
+    And with that of triton_kernels.py, if the run used it.
+    """
     sources = Counter(run.source for run in runs)
     if None in sources:
         name = next(run.name for run in runs if run.source is None)
@@ -337,9 +340,12 @@ def shows_its_source(runs: list[Run], track: Track, script: str | None) -> Findi
     if script is None:
         return Finding(CANNOT_TELL, "the same in all logs, but there is no train_gpt.py beside "
                                     "them (or name it: --script FILE)")
-    if clean(runs[0].source) != clean(script):
-        return Finding(FAIL, "the source in the logs is not the train_gpt.py beside them")
-    return Finding(PASS, "the same in all logs, and the train_gpt.py beside them")
+    found, expected = source_files(runs[0].source), source_files(script)
+    names = " and ".join(found)
+    for name, text in found.items():
+        if clean(text) != clean(expected.get(name, "")):
+            return Finding(FAIL, f"the source in the logs is not the {name} beside them")
+    return Finding(PASS, f"the same in all logs, and the {names} beside them")
 
 
 def clean(source: str) -> str:
@@ -536,11 +542,20 @@ def without_nan(value):
 
 
 def find_script(path: Path) -> str | None:
-    """The train_gpt.py beside a log, or one folder up."""
+    """The train_gpt.py beside a log, or one folder up, as `read_script` reads it."""
     for folder in (path.parent, path.parent.parent):
         if (folder / "train_gpt.py").is_file():
-            return (folder / "train_gpt.py").read_text(encoding="utf-8", errors="replace")
+            return read_script(folder / "train_gpt.py")
     return None
+
+
+def read_script(path: Path) -> str:
+    """A train_gpt.py and the triton_kernels.py beside it, if there is one, as a log has them."""
+    text, kernels = path.read_text(encoding="utf-8", errors="replace"), "triton_kernels.py"
+    if path.with_name(kernels).is_file():
+        text += f"\n# file: {kernels}\n" + path.with_name(kernels).read_text(
+            encoding="utf-8", errors="replace")
+    return text
 
 
 def check(runs: list[Run], track_name: str | None = None, script: str | None = None) -> Report:
@@ -606,7 +621,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     try:
-        script = None if args.script is None else args.script.read_text(encoding="utf-8")
+        script = None if args.script is None else read_script(args.script)
         report = check(read_logs(args.logs), args.track, script)
     except (LogError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

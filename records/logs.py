@@ -23,6 +23,7 @@ LLM_C_LINE = re.compile(r"^s:(\d+) tel:(\S+)", re.MULTILINE)
 PLAIN_FIELD = re.compile(r" ([a-z_]+):\d+(?:\.(\d+))?([a-z%]*)")
 ONLY_DIGITS = bytes(code if chr(code).isdigit() else ord(" ") for code in range(128)) + b" " * 128
 SECONDS = {"ms": 1e-3, "s": 1.0}
+FILE_MARK = re.compile(r"^# file: (\w+\.py)\n", re.MULTILINE)
 
 
 class LogError(ValueError):
@@ -45,7 +46,7 @@ class Run:
 
     path: Path
     trial: int  # counts the runs of one file, from 1
-    source: str | None  # the script, if the log starts with it
+    source: str | None  # the script and its kernels, if the log starts with them
     notes: str  # all lines outside of the source that are not step lines
     train_steps: int | None
     steps: np.ndarray
@@ -166,6 +167,12 @@ def find_logs(paths: Iterable[str | Path]) -> list[Path]:
         else:
             raise LogError(f"{path}: no such file or folder")
     return list(dict.fromkeys(found))
+
+
+def source_files(source: str) -> dict[str, str]:
+    """{name: text} of the files that a log begins with: train_gpt.py, and others under a mark."""
+    script, *others = FILE_MARK.split(source)
+    return {"train_gpt.py": script, **dict(zip(others[::2], others[1::2], strict=True))}
 
 
 def read_logs(paths: Iterable[str | Path]) -> list[Run]:

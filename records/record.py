@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from check import CLAIM, PASS, TRACKS, Report, check, describe_runs
-from logs import LogError, Run, read_logs
+from logs import LogError, Run, read_logs, source_files
 
 RECORDS = Path(__file__).resolve().parent
 SCHEMA = json.loads((RECORDS / "record.schema.json").read_text(encoding="utf-8"))
@@ -126,8 +126,8 @@ def load(folder: Path) -> tuple[dict, Report]:
                             f"{record['track']}/")
         if UNTOLD in readme:
             problems.append(f"README.md still says '{UNTOLD}...'; tell it")
-        if not (folder / "train_gpt.py").is_file():
-            problems.append("train_gpt.py, as it ran, is missing")
+        problems += [f"{name}, as it ran, is missing" for name in source_files(runs[0].source or "")
+                     if not (folder / name).is_file()]
         report = check(runs, record["track"])
         wants_record = report.track.target is not None and not negative
         if wants_record and not report.is_record or not report.is_sound:
@@ -147,14 +147,16 @@ def load(folder: Path) -> tuple[dict, Report]:
 
 
 def find_commit(run: Run) -> str | None:
-    """The newest commit of this repository whose train_gpt.py is the run's source."""
+    """The newest commit of this repository whose files are the run's source."""
     def git(*command: str, **options) -> str:
         return subprocess.run(["git", *command], cwd=RECORDS.parent, check=True, text=True,
                               capture_output=True, **options).stdout
 
     try:
-        for commit in git("rev-list", "HEAD", "--", "train_gpt.py").split():
-            if git("show", f"{commit}:train_gpt.py").strip() == (run.source or "").strip():
+        files = source_files(run.source or "")
+        for commit in git("rev-list", "HEAD", "--", *files).split():
+            if all(git("show", f"{commit}:{name}").strip() == text.strip()
+                   for name, text in files.items()):
                 return commit
     except (OSError, subprocess.CalledProcessError):
         pass
@@ -206,7 +208,8 @@ def make_folder(
     folder.mkdir(parents=True)
     for log in paths.values():
         shutil.copy(log, folder)
-    (folder / "train_gpt.py").write_text(first.source.rstrip("\n") + "\n", encoding="utf-8")
+    for file, text in source_files(first.source).items():
+        (folder / file).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     (folder / "record.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n",
                                         encoding="utf-8")
     write_readme(folder, record, report, negative)

@@ -341,6 +341,22 @@ def test_white_space_at_the_ends_of_lines_makes_no_other_script(tmp_path, script
     assert check_texts(tmp_path, our_log(), script=script).is_record
 
 
+def test_the_kernels_in_the_logs_have_to_be_those_beside_them(tmp_path):
+    source = SOURCE + "\n# file: triton_kernels.py\nimport triton\n"
+    paths = write_logs(tmp_path, *(our_log(seed, source=source) for seed in (1, 2, 3)))
+    assert_only(check(read_logs(paths)), FAIL, "source", "is not the triton_kernels.py beside them")
+    (tmp_path / "triton_kernels.py").write_text("import triton  # faster\n")
+    assert_only(check(read_logs(paths)), FAIL, "source", "is not the triton_kernels.py beside them")
+    (tmp_path / "triton_kernels.py").write_text("import triton\n")
+    assert check(read_logs(paths)).is_record
+
+
+def test_kernels_that_the_logs_do_not_use_do_not_matter(tmp_path):
+    paths = write_logs(tmp_path, *(our_log(seed) for seed in (1, 2, 3)))
+    (tmp_path / "triton_kernels.py").write_text("import triton\n")
+    assert check(read_logs(paths)).is_record
+
+
 def test_logs_without_their_source_cannot_be_told(tmp_path):
     report = check_texts(tmp_path, our_log(source="").lstrip("\n"))
     assert report.rules_with(CANNOT_TELL) == ["source", "compile flags"]

@@ -46,7 +46,8 @@ def test_fast_attention_equals_its_plain_twin_forward_and_backward(name, window)
 
 
 NEWER = dict(key_offset=True, bigram_rows=101, bigram_lr=0.05, muon_beta2=0.9,
-             batch_stages="512,1024")
+             batch_stages="512,1024", triton_kernels=True, lazy_tables=True)
+EIGHT_BITS = dict(triton_kernels=True, fp8_head=True, fp8_blocks=True)
 
 
 def train_some_steps(compile: bool, steps: int = 6, **switches) -> list[float]:
@@ -75,7 +76,7 @@ def train_some_steps(compile: bool, steps: int = 6, **switches) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("switches", [{}, NEWER], ids=["modern", "newer"])
+@pytest.mark.parametrize("switches", [{}, NEWER, EIGHT_BITS], ids=["modern", "newer", "8bit"])
 def test_compiled_training_equals_eager_training_and_compiles_nothing_after_the_warm_up(switches):
     compiled, eager = (train_some_steps(compile, **switches) for compile in (True, False))
     assert compiled == pytest.approx(eager, abs=0.02)

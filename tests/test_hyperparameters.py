@@ -1,6 +1,7 @@
 """The command line, recipes and tracks: what it takes, what it refuses, and what it makes of it."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -31,9 +32,10 @@ OTHER = dict(
     optimizer="adam", matrix_lr="0.01", embed_lr="0.02", bigram_lr="0.2", head_lr="0.03",
     scalar_lr="0.5", muon_momentum="0.9", muon_beta2="0.9", muon_nesterov="false",
     muon_iteration="newton-schulz", adam_beta1="0.7", adam_beta2="0.99", adam_eps="1e-7",
-    weight_decay="0.01", train_steps="9", warmup_frac="0.1", cooldown_frac="0.2",
-    final_lr_frac="0.3", dtype="bfloat16", residual_dtype="bfloat16", loss_chunk_size="32",
-    attention="sdpa", compile="true", kernel_warmup="true", val_loss_every="3", log_every="7",
+    lazy_tables="true", weight_decay="0.01", train_steps="9", warmup_frac="0.1",
+    cooldown_frac="0.2", final_lr_frac="0.3", dtype="bfloat16", residual_dtype="bfloat16",
+    loss_chunk_size="32", attention="sdpa", fp8_head="true", fp8_blocks="true",
+    triton_kernels="true", compile="true", kernel_warmup="true", val_loss_every="3", log_every="7",
     log_dir="there", log_wandb="true", wandb_project="project", wandb_name="name",
 )
 
@@ -226,6 +228,32 @@ def test_every_recipe_fits_a_track_as_it_is(recipe):
     assert args.recipe == recipe
     for name, value in train_gpt.RECIPES[recipe].items():
         assert getattr(args, name) == value
+
+
+@pytest.mark.parametrize("switch", ["fp8_head", "fp8_blocks"])
+@pytest.mark.parametrize("name, value, fits", [("model_dim", 24, 32), ("loss_chunk_size", 40, 48)])
+def test_8_bit_floats_need_sizes_that_are_multiples_of_16(switch, name, value, fits, refusal):
+    message = refusal(f"--{name}", value, f"--{switch}")
+    assert f"--{name} must be a multiple of 16" in message and str(value) in message
+    parse_hyperparameters([*SMALL, f"--{name}", str(value)])
+    parse_hyperparameters([*SMALL, f"--{name}", str(fits), f"--{switch}"])
+
+
+@pytest.mark.parametrize("capability, triton, off", [
+    ((9, 0), True, []), ((8, 9), True, []), ((9, 0), False, ["triton_kernels"]),
+    ((8, 0), True, ["fp8_head", "fp8_blocks"]), ((7, 5), True, ["fp8_head", "fp8_blocks"]),
+    (None, True, ["fp8_head", "fp8_blocks", "triton_kernels"]),
+])
+def test_what_a_device_cannot_run_is_switched_off_by_name(monkeypatch, capability, triton, off):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton or None)
+    device = torch.device("cuda" if capability else "cpu")
+    args = parse_hyperparameters(["--track", "single-gpu", "--recipe", "record"])
+    changed, notes = train_gpt.switch_off(args, device)
+    assert changed == dataclasses.replace(args, **dict.fromkeys(off, False))
+    assert [note.split()[0] for note in notes] == [f"--{name}" for name in off]
+    modern = parse_hyperparameters(["--track", "single-gpu", "--recipe", "modern"])
+    assert train_gpt.switch_off(modern, device) == (modern, [])
 
 
 def test_the_budget_refuses_a_step_too_many_and_names_the_most(refusal):

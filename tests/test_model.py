@@ -281,6 +281,11 @@ def test_every_fourth_layer_and_the_last_look_back_far_and_the_others_little(
 # The loss
 
 
+def our_cross_entropy(x, weight, targets, softcap, chunk_size, **switches):
+    args = tiny_args(logit_softcap=softcap, loss_chunk_size=chunk_size, **switches)
+    return linear_cross_entropy(x, weight, targets, args)
+
+
 def reference_cross_entropy(x, weight, targets, softcap):
     logits = x @ weight.T
     if softcap:
@@ -296,7 +301,7 @@ def test_the_chunked_loss_equals_cross_entropy_forward_and_backward(softcap, chu
     values = []
     for dtype, function in (
         (torch.float64, reference_cross_entropy),
-        (torch.float32, lambda *args: linear_cross_entropy(*args, chunk_size)),
+        (torch.float32, lambda *args: our_cross_entropy(*args, chunk_size)),
     ):
         leaves = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
         loss = function(*leaves, targets, softcap)
@@ -304,21 +309,21 @@ def test_the_chunked_loss_equals_cross_entropy_forward_and_backward(softcap, chu
     for expected, got in zip(*values, strict=True):
         torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=1e-5)
     with torch.no_grad():
-        without = linear_cross_entropy(x, weight, targets, softcap, chunk_size)
+        without = our_cross_entropy(x, weight, targets, softcap, chunk_size)
     torch.testing.assert_close(without, values[1][0], atol=0, rtol=1e-6)
 
 
 def test_the_chunked_loss_does_not_overflow():
     x, weight = torch.full((4, 2), 100.0), torch.tensor([[100.0, 100.0], [-100.0, 0.0]])
     for softcap, expected in ((0.0, 4 * 30_000.0), (15.0, 4 * 30.0), (70.0, 4 * 140.0)):
-        loss = linear_cross_entropy(x, weight, torch.ones(4).int(), softcap, 3)
+        loss = our_cross_entropy(x, weight, torch.ones(4).int(), softcap, 3)
         assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0, 70.0])
 def test_equal_logits_lose_the_log_of_the_vocabulary_whatever_the_cap(softcap):
     x, weight = torch.zeros(3, 8), torch.randn(50_257, 8)
-    loss = linear_cross_entropy(x, weight, torch.arange(3).int(), softcap, 2)
+    loss = our_cross_entropy(x, weight, torch.arange(3).int(), softcap, 2)
     assert loss.item() / 3 == pytest.approx(math.log(50_257), rel=1e-6)
 
 

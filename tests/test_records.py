@@ -71,6 +71,16 @@ def test_a_folder_says_what_its_logs_say(tmp_path):
     assert violations(record, SCHEMA) == []
 
 
+def test_a_folder_holds_the_kernels_that_ran_too(tmp_path):
+    source = SOURCE + "\n# file: triton_kernels.py\nimport triton\n"
+    logs = write_logs(tmp_path / "logs", *(our_log(seed, source=source) for seed in (1, 2, 3)))
+    report = check(read_logs(logs), "single-gpu", source)
+    folder = make_folder(report, "Kernels", "Faster", ["Ada"], root=tmp_path / "records")
+    assert (folder / "train_gpt.py").read_text() == SOURCE
+    assert (folder / "triton_kernels.py").read_text() == "import triton\n"
+    assert check(read_logs([folder])).is_record
+
+
 def test_the_commit_is_one_that_holds_the_source_that_ran():
     for folder in (ROOT / "records" / "webmix").iterdir():
         record = json.loads((folder / "record.json").read_text())

@@ -25,6 +25,10 @@ from conftest import ONE_RANK, ROOT, random_documents, run_train, write_shard, w
 
 import train_gpt
 
+sys.path.insert(0, str(ROOT / "records"))
+
+from logs import source_files  # noqa: E402  needs the path above
+
 TINY = (
     "--track sample --model_dim 16 --num_heads 2 --num_layers 2 --value_embeddings 1 "
     "--row_length 64 --max_document_length 64 --batch_size 256 --device_batch_size 128 "
@@ -135,6 +139,25 @@ def test_the_log_begins_with_the_exact_source(tiny):
     source = (ROOT / "train_gpt.py").read_text()
     assert tiny.log.startswith(source)
     assert tiny.log[len(source) :].startswith("\n" + "=" * 100 + "\n")
+
+
+def test_the_log_has_the_source_of_the_kernels_too_if_they_are_used(monkeypatch):
+    script, kernels = (ROOT / name for name in ("train_gpt.py", "triton_kernels.py"))
+    for used in (False, True):
+        args = train_gpt.parse_hyperparameters([*TINY, "--triton_kernels", str(used)])
+        files = source_files(train_gpt.read_source(args))
+        assert files.pop("train_gpt.py").rstrip() == script.read_text().rstrip()
+        assert files == ({"triton_kernels.py": kernels.read_text()} if used else {})
+
+
+def test_the_record_recipe_made_tiny_trains_here_and_says_what_is_off(tmp_path):
+    run = run_main(tmp_path, "--recipe", "sample-record", "--train_steps", "12")
+    assert run.status == 0, run.err
+    losses = [loss for _, loss in run.val_losses]
+    assert losses[-1] < losses[0] - 1
+    for switch in ("fp8_head", "fp8_blocks", "triton_kernels"):
+        assert f"--{switch} is off here: " in run.out and f"--{switch} is off here: " in run.log
+        assert f"hyperparameter {switch}: False" in run.log
 
 
 def test_the_log_names_versions_machine_and_commit(tiny):

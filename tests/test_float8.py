@@ -1,0 +1,107 @@
+"""8-bit floats, through their plain twins: how exact they are, and that nothing overflows."""
+
+import pytest
+import torch
+from conftest import random_batch, tiny_args
+
+import train_gpt
+from train_gpt import MLP, Float8, float8, float8_gradient, linear, norm, product
+
+
+def value(x: Float8) -> torch.Tensor:
+    return x.values.double() * x.scale.double()
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_numbers_of_any_size_keep_three_bits_of_mantissa(size):
+    x = size * torch.randn(100, 32)
+    for bound in (None, 4 * x.abs().max()):
+        rounded = value(float8(x, bound))
+        large = x.abs() > x.abs().max() / 1000
+        error = ((rounded - x).abs() / x.abs())[large]
+        assert 1 / 40 < error.max() <= 1 / 16
+
+
+def test_zeros_stay_zeros():
+    assert not value(float8(torch.zeros(3, 16))).any()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e2])
+def test_a_gradient_keeps_two_bits_over_a_wide_range_without_looking_at_it(size):
+    grad = size * torch.randn(100, 32)
+    error = ((value(float8_gradient(grad, 2.0**6)) - grad).abs() / grad.abs())
+    assert 1 / 20 < error[grad.abs() > size / 100].max() <= 1 / 8
+
+
+def test_a_gradient_out_of_range_is_cut_off_and_no_infinity():
+    assert value(float8_gradient(torch.tensor([[1e9, -1e9]]), 2.0**6)).isfinite().all()
+
+
+def test_the_transpose_is_a_copy_without_gaps():
+    x = float8(torch.randn(3, 5))
+    assert x.T.values.is_contiguous()
+    assert torch.equal(value(x.T), value(x).T)
+
+
+def test_a_product_is_that_of_the_rounded_factors():
+    a, b = float8(torch.randn(20, 32)), float8(torch.randn(7, 32))
+    got = product(a, b, torch.float32)
+    torch.testing.assert_close(got.double(), value(a) @ value(b).T, atol=1e-4, rtol=1e-4)
+    plain = torch.randn(20, 32), torch.randn(7, 32)
+    assert torch.equal(product(*plain, torch.float32), plain[0] @ plain[1].T)
+
+
+def test_a_linear_map_and_its_gradients_come_near_the_exact_ones():
+    x, weight = norm(torch.randn(2, 30, 64), 1e-6), torch.randn(48, 64) / 8
+    grad = torch.randn(2, 30, 48) / 100
+    found = []
+    for bound in (None, 8.0):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        y = linear(*leaves, bound)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+    (y, grad_x, grad_weight), (y8, grad_x8, grad_weight8) = found
+    assert 0.005 < relative_error(y8, y) < 0.05
+    assert 0.005 < relative_error(grad_x8, grad_x) < 0.1
+    assert torch.equal(grad_weight8, grad_weight)  # this one is not in 8 bits
+
+
+@pytest.mark.parametrize("activation", ["relu2", "gelu"])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_the_mlps_bounds_hold_in_the_worst_case(activation, size):
+    """An input parallel to the largest row of weights, and one that is all in one dimension."""
+    mlp = MLP(tiny_args(fp8_blocks=True, activation=activation))
+    D = mlp.up.size(1)
+    with torch.no_grad():
+        for p in mlp.parameters():
+            p.normal_(std=size)
+        mlp.up[3] *= 3
+        x = torch.stack([D**0.5 * mlp.up[3] / mlp.up[3].norm(), D**0.5 * torch.eye(D)[5]])
+        got = mlp(x[None])
+        mlp.fp8 = False
+        expected = mlp(x[None])
+    assert got.isfinite().all()
+    assert relative_error(got, expected) < 0.2
+
+
+@pytest.mark.parametrize("switch", ["fp8_head", "fp8_blocks"])
+def test_a_model_in_8_bits_trains_almost_like_one_in_32(switch):
+    losses = []
+    for on in (False, True):
+        args = tiny_args(**{switch: on}, train_steps=12)
+        torch.manual_seed(1)
+        model = train_gpt.GPT(args)
+        optimizers = train_gpt.build_optimizers(model, args)
+        batch = random_batch(args, rows=8)
+        ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
+        losses.append([
+            train_gpt.train_step(model, optimizers, [batch], step, args, ranks).item()
+            for step in range(12)
+        ])
+    exact, short = losses
+    assert exact[-1] < exact[0] - 1
+    assert short != exact
+    assert short == pytest.approx(exact, abs=0.1)

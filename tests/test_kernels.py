@@ -1,0 +1,98 @@
+"""Triton kernels against their plain twins: on a GPU, or on a CPU in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+from conftest import tiny_args  # noqa: E402
+
+import train_gpt  # noqa: E402
+import triton_kernels  # noqa: E402
+
+# The interpreter's tanh is exact; a GPU's is good to 2^-11 of the cap.
+TOLERANCE = 1e-4 if DEVICE == "cpu" else 2e-2
+rounds_to_8_bits = pytest.mark.skipif(
+    DEVICE == "cpu", reason="the interpreter drops the carry when it rounds to 8 bits")
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [3.0, 15.0])
+@pytest.mark.parametrize("num_rows, vocab_size, padded",
+                         [(1, 7, 7), (65, 130, 192), (3, 4100, 4160)])
+def test_the_losses_and_gradients_equal_the_twins(num_rows, vocab_size, padded, softcap, dtype):
+    logits = (6 * torch.randn(num_rows, padded, device=DEVICE)).to(dtype)
+    targets = torch.randint(vocab_size, (num_rows,), device=DEVICE).int()
+    settings = vocab_size, softcap, 3.0, torch.float32
+    losses, grad = triton_kernels.capped_cross_entropy(logits, targets, *settings)
+    expected, expected_grad = train_gpt.cross_entropy(logits.clone(), targets, *settings)
+    torch.testing.assert_close(losses, expected, atol=softcap * TOLERANCE, rtol=1e-5)
+    assert relative_error(grad, expected_grad) < TOLERANCE
+    assert not grad[:, vocab_size:].any()
+
+
+@rounds_to_8_bits
+def test_gradients_in_8_bits_are_those_in_32_rounded():
+    logits = 6 * torch.randn(40, 128, device=DEVICE)
+    targets = torch.randint(100, (40,), device=DEVICE).int()
+    whole = triton_kernels.capped_cross_entropy(logits, targets, 100, 15.0, 2.0**15, torch.float32)
+    short = triton_kernels.capped_cross_entropy(
+        logits, targets, 100, 15.0, 2.0**15, torch.float8_e5m2)
+    assert torch.equal(whole[0], short[0])
+    assert torch.equal(whole[1].to(torch.float8_e5m2).float(), short[1].float())
+    assert 0 < relative_error(short[1].float(), whole[1]) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 48), (128, 128), (130, 300)])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_the_transpose_of_8_bit_numbers_is_the_transpose(shape, dtype):
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    y = triton_kernels.transposed(x)
+    assert y.is_contiguous() and y.dtype == dtype
+    assert torch.equal(y.float(), x.float().T)
+
+
+@pytest.mark.parametrize("fp8_head", [False, pytest.param(True, marks=rounds_to_8_bits)])
+def test_a_whole_head_equals_the_plain_head_forward_and_backward(fp8_head):
+    found = []
+    for fused in (False, True):
+        args = tiny_args(triton_kernels=fused, fp8_head=fp8_head, logit_softcap=15.0,
+                         loss_chunk_size=48)
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        x, weight = (torch.randn(shape, generator=generator, device=DEVICE)
+                     for shape in ((96, 64), (131, 64)))
+        targets = torch.randint(131, (96,), generator=generator, device=DEVICE).int()
+        x = train_gpt.norm(x, 1e-6)
+        x = (x.bfloat16() if DEVICE == "cuda" else x).requires_grad_()
+        weight.requires_grad_()
+        loss = train_gpt.linear_cross_entropy(x, weight, targets, args)
+        found.append([loss.detach(), *torch.autograd.grad(loss / 7, (x, weight))])
+    for plain, fused in zip(*found, strict=True):
+        assert relative_error(fused, plain) < TOLERANCE
+
+
+def test_lazy_adam_equals_its_twin():
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(9, 100, generator=generator) for _ in range(4)]
+    tensors[1][[0, 3, 4, 8]] = 0  # gradients
+    tensors[3].square_()  # second moments
+    results = []
+    for update in (train_gpt.lazy_adam_update, triton_kernels.lazy_adam_update):
+        p, grad, exp_avg, exp_avg_sq = (tensor.clone().to(DEVICE) for tensor in tensors)
+        scalars = (torch.tensor(number) for number in (0.99, 0.3, 0.7))
+        update(p, grad, torch.tensor(0.5), exp_avg, exp_avg_sq, 0.8, 0.95, 1e-8, *scalars)
+        results.append((p, exp_avg, exp_avg_sq))
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-6)
+    for before, after in zip((tensors[0], tensors[2], tensors[3]), results[1], strict=True):
+        resting = (after.cpu() == before).all(-1).tolist()
+        assert resting == [True, False, False, True, True, False, False, False, True]

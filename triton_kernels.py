@@ -1,0 +1,164 @@
+"""Triton kernels for NVIDIA GPUs. Each has a plain PyTorch twin in train_gpt.py."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Triton's interpreter, which runs the kernels on a CPU, knows no machine instructions.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _tanh(x, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        return 2 * tl.sigmoid(2 * x) - 1
+    # One instruction of the special function units, which these kernels keep waiting for.
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
+                                     is_pure=True, pack=1)
+
+
+@triton.jit
+def _losses(
+    logits, targets, losses, log_totals, softcap: tl.constexpr, vocab_size: tl.constexpr,
+    row_stride: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+):
+    """A program does a row."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    columns = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        inside = start + columns < vocab_size
+        x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
+        # At most 0, so that the sum cannot overflow and no pass for a maximum is needed.
+        z = softcap * _tanh(x * (1 / softcap), INTERPRETED) - softcap
+        total += tl.where(inside, tl.exp(z), 0.0)
+    log_total = tl.log(tl.sum(total, 0)) + softcap
+    x = tl.load(logits + tl.load(targets + row)).to(tl.float32)
+    tl.store(losses + row, log_total - softcap * _tanh(x * (1 / softcap), INTERPRETED))
+    tl.store(log_totals + row, log_total)
+
+
+@triton.jit
+def _gradients(
+    logits, targets, log_totals, grad, scale: tl.constexpr, softcap: tl.constexpr,
+    vocab_size: tl.constexpr, num_rows: tl.constexpr, row_stride: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+):
+    """A program does a tile. Offsets from the tile's corner fit 32 bits, which are faster."""
+    first_row = tl.program_id(1).to(tl.int64) * ROWS
+    first_column = tl.program_id(0) * COLUMNS
+    row = tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    corner, offset = first_row * row_stride, row * row_stride + column
+    is_row = row < num_rows - first_row
+    inside = is_row & (column < row_stride)
+    x = tl.load(logits + corner + offset, mask=inside, other=0.0).to(tl.float32)
+    log_total = tl.load(log_totals + first_row + row, mask=is_row, other=0.0)
+    target = tl.load(targets + first_row + row, mask=is_row, other=0)
+    t = _tanh(x * (1 / softcap), INTERPRETED)
+    g = tl.exp(softcap * t - log_total) - tl.where(column == target, 1.0, 0.0)
+    g = tl.where(column < vocab_size, g * (1 - t * t) * scale, 0.0)
+    tl.store(grad + corner + offset, g.to(grad.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("speedrun::capped_cross_entropy", mutates_args=())
+def capped_cross_entropy(
+    logits_NV: Tensor, targets_N: Tensor, vocab_size: int, softcap: float, scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropies (N,) of softcap * tanh(logits / softcap), and their gradients times `scale`.
+
+    The logits have any float type and rows without gaps; their columns from `vocab_size` on are
+    padding, with gradient 0. Losses are float32, gradients (N, V) of `dtype`. The logits are read
+    twice and the gradients written once: at some 1.2 ms per 16,384 rows on an H200, a third of
+    the time of what torch.compile makes of the plain twin, `cross_entropy`.
+    """
+    num_rows, row_stride = logits_NV.shape
+    losses, log_totals = (torch.empty_like(targets_N, dtype=torch.float32) for _ in range(2))
+    _losses[(num_rows,)](
+        logits_NV, targets_N, losses, log_totals, softcap, vocab_size, row_stride, BLOCK=2048,
+        INTERPRETED=INTERPRETED, num_warps=4)
+    grad = torch.empty_like(logits_NV, dtype=dtype)
+    ROWS = COLUMNS = 64
+    _gradients[triton.cdiv(row_stride, COLUMNS), triton.cdiv(num_rows, ROWS)](
+        logits_NV, targets_N, log_totals, grad, scale, softcap, vocab_size, num_rows, row_stride,
+        ROWS, COLUMNS, INTERPRETED=INTERPRETED, num_warps=4)
+    return losses, grad
+
+
+@capped_cross_entropy.register_fake
+def _(logits_NV, targets_N, vocab_size, softcap, scale, dtype):
+    losses = torch.empty_like(targets_N, dtype=torch.float32)
+    return losses, torch.empty_like(logits_NV, dtype=dtype)
+
+
+@triton.jit
+def _transpose(
+    x, y, num_rows: tl.constexpr, num_columns: tl.constexpr, SIDE: tl.constexpr
+):
+    first_row = tl.program_id(1).to(tl.int64) * SIDE
+    first_column = tl.program_id(0).to(tl.int64) * SIDE
+    i, j = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+    tile = tl.load(x + first_row * num_columns + first_column + i * num_columns + j,
+                   mask=(i < num_rows - first_row) & (j < num_columns - first_column), other=0)
+    tl.store(y + first_column * num_rows + first_row + i * num_rows + j, tl.trans(tile),
+             mask=(i < num_columns - first_column) & (j < num_rows - first_row))
+
+
+@torch.library.custom_op("speedrun::transposed", mutates_args=())
+def transposed(x_RC: Tensor) -> Tensor:
+    """The transpose of a matrix of 8-bit numbers, as rows without gaps: x.T.contiguous().
+
+    PyTorch's own copy takes ten times as long. The matrix units read 8-bit operands along rows
+    only, so that the transpose has to be made.
+    """
+    num_rows, num_columns = x_RC.shape
+    y = x_RC.new_empty(num_columns, num_rows)
+    SIDE = 128
+    _transpose[triton.cdiv(num_columns, SIDE), triton.cdiv(num_rows, SIDE)](
+        x_RC.view(torch.uint8), y.view(torch.uint8), num_rows, num_columns, SIDE, num_warps=8)
+    return y
+
+
+@transposed.register_fake
+def _(x_RC):
+    return x_RC.new_empty(x_RC.shape[::-1])
+
+
+@triton.jit
+def _adam_rows(
+    p, grad, exp_avg, exp_avg_sq, grad_scale, beta1, beta2, eps, decay, step_size, root_bias2,
+    num_columns: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A program does a row."""
+    column = tl.arange(0, BLOCK)
+    here = column < num_columns
+    offset = tl.program_id(0).to(tl.int64) * num_columns + column
+    g = tl.load(grad + offset, mask=here, other=0.0) * grad_scale
+    if tl.max(tl.abs(g), 0) > 0:
+        m = tl.load(exp_avg + offset, mask=here, other=0.0)
+        v = tl.load(exp_avg_sq + offset, mask=here, other=0.0)
+        m += (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g * g
+        x = tl.load(p + offset, mask=here, other=0.0) * decay
+        x -= step_size * m / (tl.sqrt(v) / root_bias2 + eps)
+        tl.store(p + offset, x, mask=here)
+        tl.store(exp_avg + offset, m, mask=here)
+        tl.store(exp_avg_sq + offset, v, mask=here)
+
+
+def lazy_adam_update(
+    p_RD, grad_RD, grad_scale, exp_avg_RD, exp_avg_sq_RD, beta1: float, beta2: float, eps: float,
+    decay, step_size, root_bias2,
+) -> None:
+    """A step of Adam on the rows whose gradients are not all zero; all float32, in place.
+
+    Of the other rows it reads nothing but the gradient. The scalars are numbers or CPU tensors.
+    """
+    num_rows, num_columns = p_RD.shape
+    _adam_rows[(num_rows,)](
+        p_RD, grad_RD, exp_avg_RD, exp_avg_sq_RD, float(grad_scale), beta1, beta2, eps,
+        float(decay), float(step_size), float(root_bias2), num_columns,
+        BLOCK=triton.next_power_of_2(num_columns), num_warps=4)
