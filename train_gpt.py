@@ -1157,7 +1157,7 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al. 2024
 def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express") -> Tensor:
     """The nearest semi-orthogonal matrix, roughly, to each of N matrices (R, C).
 
-    Five steps X <- aX + (bA + cA^2)X with A = XX^T, in bfloat16 on a GPU. The singular values of
+    Five steps X <- (aI + bA + cA^2)X with A = XX^T, in bfloat16 on a GPU. The singular values of
     the result lie near 1 rather than at it, which Muon does not mind (Jordan et al. 2024).
     """
     X = G_NRC.bfloat16() if G_NRC.is_cuda else G_NRC.float()
@@ -1165,9 +1165,10 @@ def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express")
     if tall:
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    identity = torch.eye(X.size(-2), device=X.device)  # float32, and so is the sum it is in
     for a, b, c in POLAR_EXPRESS if iteration == "polar-express" else NEWTON_SCHULZ:
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = (a * identity + b * A + c * (A @ A)).type_as(X) @ X
     return X.mT if tall else X
 
 
