@@ -107,7 +107,7 @@ class Hyperparameters:
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-10  # added to the root of the second moment
-    lazy_tables: bool = False  # a step leaves the rows of embedding tables alone that it lacks
+    lazy_tables: bool = False  # a step moves only those rows of embedding tables that it looks up
     weight_decay: float = 0.0  # decoupled, of all parameters; times the learning rate
     # Schedule
     train_steps: int = 1_500  # optimizer steps
@@ -824,8 +824,9 @@ class Float8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_NE):
         x_ND, *weight = ctx.saved_tensors
-        # Of a sum over tokens; 2^6 brings what one token contributes into the middle of the range.
-        grad_x = product(float8_gradient(grad_NE, 2.0**6), Float8(*weight).T, x_ND.dtype, True)
+        # Of a sum over tokens; 2^10 leaves room for tokens that contribute 100,000 times less than
+        # most, and for some that contribute 10,000 times more.
+        grad_x = product(float8_gradient(grad_NE, 2.0**10), Float8(*weight).T, x_ND.dtype, True)
         return grad_x, grad_NE.T @ x_ND, None
 
 
@@ -1285,9 +1286,8 @@ def muon_update(
     grad_NRC = grad_NRC * grad_scale
     buffer_NRC.mul_(momentum).add_(grad_NRC * (1 - momentum))
     update = grad_NRC * (1 - momentum) + buffer_NRC * momentum if nesterov else buffer_NRC
-    update = zeropower_via_newtonschulz5(update, iteration)
+    update = zeropower_via_newtonschulz5(update, iteration).float()
     if beta2:
-        update = update.float()
         size = update.norm(dim=(-2, -1), keepdim=True)
         mean_square = update.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True)
         second_moment.lerp_(mean_square, 1 - beta2)
