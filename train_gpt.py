@@ -120,7 +120,7 @@ class Hyperparameters:
     loss_chunk_size: int = 8_192  # tokens whose logits exist at the same time
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
-    fp8_blocks: bool = False  # and in the blocks', except for the gradients of their weights
+    fp8_blocks: bool = False  # and in the blocks', but for attention's output and weight gradients
     triton_kernels: bool = False  # Triton kernels: loss of capped logits, lazy tables
     compile: bool = True  # torch.compile
     kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts
@@ -313,7 +313,7 @@ def find_problem(args: Hyperparameters) -> str | None:
     for name in ("value_embeddings", "val_loss_every", "window_start", "logit_softcap"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
-    if args.logit_softcap > 70:  # exp(70) * vocab_size is about the largest float32
+    if args.logit_softcap > 70:  # exp(cap) * vocab_size has to be a float32
         return f"--logit_softcap must be at most 70, got {args.logit_softcap}"
     for name in ("model_dim", "row_length", "loss_chunk_size"):
         if (args.fp8_head or args.fp8_blocks) and getattr(args, name) % 16:
@@ -741,13 +741,14 @@ def choose_attention(args: Hyperparameters, device: torch.device) -> tuple[str, 
 def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparameters, list[str]]:
     """`args` without what this device cannot run, and what that is, for a person."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    has_triton = capability >= (7, 5) and importlib.util.find_spec("triton") is not None
     missing = {}
     if capability < (8, 9):
         reason = "only Ada, Hopper and newer GPUs have 8-bit floats; 16 bits instead, and slower"
         missing |= {"fp8_head": reason, "fp8_blocks": reason}
     if not has_triton:
-        missing["triton_kernels"] = "they need a GPU and Triton; plain PyTorch instead, and slower"
+        missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
+                                     "instead, and slower")
     missing = {name: reason for name, reason in missing.items() if getattr(args, name)}
     notes = [f"--{name} is off here: {reason}" for name, reason in missing.items()]
     return dataclasses.replace(args, **dict.fromkeys(missing, False)), notes
@@ -776,11 +777,14 @@ class Float8(NamedTuple):
 def float8(x: Tensor, bound=None) -> Float8:
     """x rounded to 8-bit floats with 3 bits of mantissa; `bound` is the largest that |x| can be.
 
-    Without a bound, the largest |x| is looked for, which takes a pass over x.
+    Without a bound, the largest |x| is looked for, which takes a pass over x. What is beyond the
+    bound is cut off.
     """
+    limit = torch.finfo(torch.float8_e4m3fn).max
     bound = x.abs().amax() if bound is None else torch.as_tensor(bound, device=x.device)
-    scale = bound.float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return Float8((x.float() / scale).to(torch.float8_e4m3fn), scale)
+    scale = bound.float().clamp_min(1e-12) / limit
+    values = (x.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
+    return Float8(values, scale)
 
 
 def float8_gradient(grad: Tensor, scale: float) -> Float8:
@@ -915,15 +919,13 @@ class MLP(nn.Module):
         bound = bound_h = None
         if self.fp8:
             # No number of a normalised vector is larger than the root of its length, and none of
-            # its product with a row of weights larger than that root times the row's length.
-            # Rounding to 8 bits makes both factors longer by up to 1/16, hence the 1.14.
+            # its product with rows of weights larger than that root times the longest row.
             bound = x_BTD.size(-1) ** 0.5
-            bound_h = 1.14 * bound * self.up.detach().norm(dim=-1).amax()
+            bound_h = bound * self.up.detach().norm(dim=-1).amax()
+            bound_h = bound_h if self.activation == "gelu" else bound_h**2
         h = linear(x_BTD, self.up, bound)
-        if self.activation == "gelu":
-            return linear(F.gelu(h), self.projection, bound_h)
-        bound_h = None if bound_h is None else bound_h**2
-        return linear(F.relu(h).square(), self.projection, bound_h)  # So et al. 2021
+        h = F.gelu(h) if self.activation == "gelu" else F.relu(h).square()  # So et al. 2021
+        return linear(h, self.projection, bound_h)
 
 
 class Block(nn.Module):
@@ -1132,7 +1134,7 @@ def capped(logits_NV: Tensor, softcap: float) -> Tensor:
 def log_total(z_NV: Tensor, softcap: float) -> Tensor:
     """log(sum(exp(z))), (N, 1). A cap makes the pass for the largest z needless."""
     if softcap:
-        return (z_NV - softcap).exp_().sum(-1, keepdim=True).log() + softcap
+        return z_NV.exp().sum(-1, keepdim=True).log()
     return torch.logsumexp(z_NV, dim=-1, keepdim=True)
 
 
@@ -1176,10 +1178,11 @@ def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express")
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of Muon and Adam: the work of a step is split over ranks, then gathered.
 
-    Each parameter group becomes one flat buffer of units (matrices for Muon, numbers for Adam),
-    padded so that every rank owns as many, and its parameters become views of it. A step sums
-    the gradients into each rank's share, updates the share, and gathers the shares. With one rank
-    the share is everything; the code is the same. Groups are lists of (name, parameter).
+    Each parameter group becomes one flat buffer of units (matrices for Muon, numbers for Adam,
+    rows for LazyAdam), padded so that every rank owns as many, and its parameters become views of
+    it. A step sums the gradients into each rank's share, updates the share, and gathers the shares.
+    With one rank the share is everything; the code is the same. Groups are lists of (name,
+    parameter).
     """
 
     unit_ndim: int  # dimensions of a unit
@@ -1571,11 +1574,9 @@ def describe_machine(device: torch.device) -> str:
 
 def read_source(args: Hyperparameters) -> str:
     """This file, and after a mark the kernels', if the run uses them."""
-    here = Path(__file__)
-    source, kernels = here.read_text(encoding="utf-8"), here.with_name("triton_kernels.py")
-    if args.triton_kernels:
-        source += f"\n# file: {kernels.name}\n{kernels.read_text(encoding='utf-8')}"
-    return source
+    names = [Path(__file__).name, "triton_kernels.py"][: 1 + args.triton_kernels]
+    files = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
+    return "\n# file: triton_kernels.py\n".join(files)
 
 
 def log_header(

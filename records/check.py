@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from logs import LogError, Run, read_logs, source_files
+from logs import KERNELS_MARK, LogError, Run, read_logs, source_files
 from significance import below_target, sample_std
 
 PASS, FAIL, CANNOT_TELL = "pass", "fail", "cannot tell"
@@ -551,11 +551,9 @@ def find_script(path: Path) -> str | None:
 
 def read_script(path: Path) -> str:
     """A train_gpt.py and the triton_kernels.py beside it, if there is one, as a log has them."""
-    text, kernels = path.read_text(encoding="utf-8", errors="replace"), "triton_kernels.py"
-    if path.with_name(kernels).is_file():
-        text += f"\n# file: {kernels}\n" + path.with_name(kernels).read_text(
-            encoding="utf-8", errors="replace")
-    return text
+    kernels = path.with_name("triton_kernels.py")
+    files = [path, kernels] if kernels.is_file() else [path]
+    return KERNELS_MARK.join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 def check(runs: list[Run], track_name: str | None = None, script: str | None = None) -> Report:

@@ -23,7 +23,7 @@ LLM_C_LINE = re.compile(r"^s:(\d+) tel:(\S+)", re.MULTILINE)
 PLAIN_FIELD = re.compile(r" ([a-z_]+):\d+(?:\.(\d+))?([a-z%]*)")
 ONLY_DIGITS = bytes(code if chr(code).isdigit() else ord(" ") for code in range(128)) + b" " * 128
 SECONDS = {"ms": 1e-3, "s": 1.0}
-FILE_MARK = re.compile(r"^# file: (\w+\.py)\n", re.MULTILINE)
+KERNELS_MARK = "\n# file: triton_kernels.py\n"
 
 
 class LogError(ValueError):
@@ -170,9 +170,11 @@ def find_logs(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def source_files(source: str) -> dict[str, str]:
-    """{name: text} of the files that a log begins with: train_gpt.py, and others under a mark."""
-    script, *others = FILE_MARK.split(source)
-    return {"train_gpt.py": script, **dict(zip(others[::2], others[1::2], strict=True))}
+    """{name: text} of the files that a log begins with: train_gpt.py, and after a mark kernels."""
+    # At the last mark, so that nothing can hide between two of them.
+    script, mark, kernels = source.rpartition(KERNELS_MARK)
+    return {"train_gpt.py": script, "triton_kernels.py": kernels} if mark else {
+        "train_gpt.py": source}
 
 
 def read_logs(paths: Iterable[str | Path]) -> list[Run]:

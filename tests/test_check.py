@@ -351,6 +351,17 @@ def test_the_kernels_in_the_logs_have_to_be_those_beside_them(tmp_path):
     assert check(read_logs(paths)).is_record
 
 
+def test_nothing_hides_between_two_marks(tmp_path):
+    mark = "\n# file: triton_kernels.py\n"
+    again = f"{SOURCE}\ncheat = True\n# file: train_gpt.py\n{SOURCE}"
+    for hidden in (f"{SOURCE}{mark}cheat = True", again):
+        source = f"{hidden}{mark}import triton\n"
+        folder = tmp_path / str(len(hidden))
+        paths = write_logs(folder, *(our_log(seed, source=source) for seed in (1, 2, 3)))
+        (folder / "triton_kernels.py").write_text("import triton\n")
+        assert_only(check(read_logs(paths)), FAIL, "source", "not the train_gpt.py beside them")
+
+
 def test_kernels_that_the_logs_do_not_use_do_not_matter(tmp_path):
     paths = write_logs(tmp_path, *(our_log(seed) for seed in (1, 2, 3)))
     (tmp_path / "triton_kernels.py").write_text("import triton\n")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_batch, tiny_args
+from conftest import random_batch, tiny_args, wake_up
 
 import train_gpt
 from train_gpt import MLP, Float8, float8, float8_gradient, linear, norm, product
@@ -69,22 +69,59 @@ def test_a_linear_map_and_its_gradients_come_near_the_exact_ones():
     assert torch.equal(grad_weight8, grad_weight)  # this one is not in 8 bits
 
 
+def test_what_is_beyond_the_bound_is_cut_off():
+    rounded = value(float8(torch.tensor([[3.0, -5.0, 1.0]]), 2.0))
+    assert rounded[0].tolist() == pytest.approx([2.0, -2.0, 1.0])
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-4, 1e-1, 10.0])
+def test_gradients_of_any_usual_size_keep_two_bits(size):
+    x, weight = norm(torch.randn(30, 64), 1e-6).requires_grad_(), torch.randn(48, 64) / 8
+    grad = size * torch.randn(30, 48)
+    (got,) = torch.autograd.grad(linear(x, weight, 8.0), x, grad)
+    assert relative_error(got, grad @ weight) < 0.1
+
+
 @pytest.mark.parametrize("activation", ["relu2", "gelu"])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
-def test_the_mlps_bounds_hold_in_the_worst_case(activation, size):
-    """An input parallel to the largest row of weights, and one that is all in one dimension."""
-    mlp = MLP(tiny_args(fp8_blocks=True, activation=activation))
+def test_the_bounds_in_an_mlp_hold_and_are_reached_in_the_worst_case(
+    activation, size, monkeypatch
+):
+    """By an input parallel to the longest row of weights, but for the rounding to 8 bits."""
+    mlp, seen = MLP(tiny_args(fp8_blocks=True, activation=activation)), []
+
+    def watched(x, bound=None):
+        if bound is not None:
+            seen.append((x.abs().max() / bound).item())
+        return float8(x, bound)
+
     D = mlp.up.size(1)
     with torch.no_grad():
         for p in mlp.parameters():
             p.normal_(std=size)
         mlp.up[3] *= 3
         x = torch.stack([D**0.5 * mlp.up[3] / mlp.up[3].norm(), D**0.5 * torch.eye(D)[5]])
+        monkeypatch.setattr(train_gpt, "float8", watched)
         got = mlp(x[None])
         mlp.fp8 = False
         expected = mlp(x[None])
-    assert got.isfinite().all()
+    # GELU lets small numbers through by half.
+    assert seen == [pytest.approx(1), pytest.approx(1 if size > 0.01 or activation == "relu2" else
+                                                    0.5, rel=0.1)]
     assert relative_error(got, expected) < 0.2
+
+
+def test_validation_does_without_8_bits():
+    args = tiny_args(fp8_head=True)
+    model = wake_up(train_gpt.GPT(args))
+    batch = random_batch(args)
+    with torch.no_grad():
+        found = model(batch, (64, 128))
+    exact = train_gpt.GPT(tiny_args())
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert found == exact(batch, (64, 128))
+    assert model(batch, (64, 128)) != found  # training does not
 
 
 @pytest.mark.parametrize("switch", ["fp8_head", "fp8_blocks"])

@@ -45,6 +45,15 @@ def test_fast_attention_equals_its_plain_twin_forward_and_backward(name, window)
         assert relative_error(one, other) < 1e-2
 
 
+def test_8_bit_gradients_are_added_up_exactly():
+    a = train_gpt.float8_gradient(torch.rand(256, 32_768, device="cuda"), 2.0**10)
+    b = train_gpt.float8(torch.rand(256, 32_768, device="cuda"))
+    values = [x.values.double() * x.scale.double() for x in (a, b)]
+    fast, exact = (relative_error(train_gpt.product(a, b, torch.float32, is_gradient),
+                                  values[0] @ values[1].T) for is_gradient in (False, True))
+    assert exact < 1e-3 and exact < fast / 2
+
+
 NEWER = dict(key_offset=True, bigram_rows=101, bigram_lr=0.05, muon_beta2=0.9,
              batch_stages="512,1024", triton_kernels=True, lazy_tables=True)
 EIGHT_BITS = dict(triton_kernels=True, fp8_head=True, fp8_blocks=True)

@@ -1,5 +1,6 @@
 """Triton kernels against their plain twins: on a GPU, or on a CPU in Triton's interpreter."""
 
+import math
 import os
 
 import pytest
@@ -38,6 +39,16 @@ def test_the_losses_and_gradients_equal_the_twins(num_rows, vocab_size, padded, 
     torch.testing.assert_close(losses, expected, atol=softcap * TOLERANCE, rtol=1e-5)
     assert relative_error(grad, expected_grad) < TOLERANCE
     assert not grad[:, vocab_size:].any()
+
+
+@pytest.mark.parametrize("logit", [-1e4, 0.0, 1e4])
+def test_neither_end_of_the_largest_cap_overflows(logit):
+    logits = torch.full((2, 320), logit, device=DEVICE)
+    targets = torch.tensor([0, 299], device=DEVICE).int()
+    for function in (triton_kernels.capped_cross_entropy, train_gpt.cross_entropy):
+        losses, grad = function(logits.clone(), targets, 300, 70.0, 1.0, torch.float32)
+        assert losses.tolist() == pytest.approx([math.log(300)] * 2, rel=1e-4)
+        assert grad.isfinite().all()
 
 
 @rounds_to_8_bits
@@ -96,3 +107,12 @@ def test_lazy_adam_equals_its_twin():
     for before, after in zip((tensors[0], tensors[2], tensors[3]), results[1], strict=True):
         resting = (after.cpu() == before).all(-1).tolist()
         assert resting == [True, False, False, True, True, False, False, False, True]
+
+
+def test_lazy_adam_shows_a_gradient_that_is_no_number():
+    p, grad = torch.ones(2, 8, device=DEVICE), torch.zeros(2, 8, device=DEVICE)
+    grad[1, 3] = float("nan")
+    scalars = (torch.tensor(number) for number in (0.99, 0.3, 0.7))
+    triton_kernels.lazy_adam_update(p, grad, 0.5, torch.zeros_like(p), torch.zeros_like(p), 0.8,
+                                    0.95, 1e-8, *scalars)
+    assert p.isnan().tolist() == [[False] * 8, [False] * 3 + [True] + [False] * 4]

@@ -313,6 +313,15 @@ def test_the_chunked_loss_equals_cross_entropy_forward_and_backward(softcap, chu
     torch.testing.assert_close(without, values[1][0], atol=0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [15.0, 70.0])
+def test_logits_that_are_all_far_below_the_cap_lose_no_precision(softcap):
+    x, weight = torch.full((4, 2), -100.0), torch.full((300, 2), 100.0)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            loss = our_cross_entropy(x, weight, torch.ones(4).int(), softcap, 3)
+        assert loss.item() / 4 == pytest.approx(math.log(300), rel=1e-5)
+
+
 def test_the_chunked_loss_does_not_overflow():
     x, weight = torch.full((4, 2), 100.0), torch.tensor([[100.0, 100.0], [-100.0, 0.0]])
     for softcap, expected in ((0.0, 4 * 30_000.0), (15.0, 4 * 30.0), (70.0, 4 * 140.0)):

@@ -141,7 +141,7 @@ def test_the_log_begins_with_the_exact_source(tiny):
     assert tiny.log[len(source) :].startswith("\n" + "=" * 100 + "\n")
 
 
-def test_the_log_has_the_source_of_the_kernels_too_if_they_are_used(monkeypatch):
+def test_the_log_has_the_source_of_the_kernels_too_if_they_are_used():
     script, kernels = (ROOT / name for name in ("train_gpt.py", "triton_kernels.py"))
     for used in (False, True):
         args = train_gpt.parse_hyperparameters([*TINY, "--triton_kernels", str(used)])

@@ -63,6 +63,15 @@ def test_a_stage_of_smaller_batches_has_smaller_learning_rates():
     assert [lr_multiplier(step, falling) for step in (3, 8)] == pytest.approx([1 / 3, 1 / 9])
 
 
+def test_the_optimizers_divide_by_the_tokens_of_the_step():
+    args = tiny_args(batch_stages="512,1024", train_steps=2)
+    optimizers = build_optimizers(build(args), args)
+    for step, tokens in enumerate((512, 1024)):
+        set_schedules(optimizers, step, args)
+        scales = {group["grad_scale"] for o in optimizers for group in o.param_groups}
+        assert scales == {1 / tokens}
+
+
 @pytest.mark.parametrize("train_steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("fractions", [(0, 0), (0, 1), (1, 0), (0.5, 0.5), (0.01, 0.01)])
 def test_learning_rates_stay_within_0_and_1_in_the_shortest_runs(train_steps, fractions):
