@@ -199,6 +199,9 @@ TINY = dict(
     compile=False, kernel_warmup=False,
 )
 
+SAMPLE = TINY | dict(value_embeddings=1, window_start=128, window_end=512, embed_lr=0.5,
+                     head_lr=0.02)
+
 # A recipe is a set of overrides of the defaults above, which are the recipe `modern`.
 RECIPES: dict[str, dict] = {
     "modern": {},
@@ -206,12 +209,9 @@ RECIPES: dict[str, dict] = {
     "modern-small": dict(train_steps=2_000),
     "modern-medium": dict(num_layers=16, num_heads=8, model_dim=1_024, train_steps=6_000),
     "baseline": BASELINE,
-    "sample": TINY | dict(value_embeddings=1, window_start=128, window_end=512, embed_lr=0.5,
-                          head_lr=0.02),
+    "sample": SAMPLE,
     "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
-    "sample-record": RECORD | TINY | dict(value_embeddings=1, window_start=128, window_end=512,
-                                          bigram_rows=4_096, matrix_lr=0.05, embed_lr=0.5,
-                                          head_lr=0.02, scalar_lr=0.04),
+    "sample-record": RECORD | SAMPLE | dict(bigram_rows=4_096, matrix_lr=0.05, scalar_lr=0.04),
 }
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
@@ -1077,21 +1077,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight = pad_vocabulary(weight_VD.to(dtype))
         weight = float8(weight) if fp8 else weight
         weight_T = weight.T
+        # Capped logits have gradients between -1 and 1; times 2^15, few are too small for 8 bits.
+        scale, grad_dtype = (2.0**15, torch.float8_e5m2) if fp8 else (1.0, dtype)
+        settings = vocab_size, args.logit_softcap, scale, grad_dtype
+        losses_and_gradients = cross_entropy
+        if args.triton_kernels and args.logit_softcap:
+            from triton_kernels import capped_cross_entropy as losses_and_gradients
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_weight, grad_x = torch.zeros_like(weight_VD), []
         for x, targets in split(args.loss_chunk_size, x_ND, targets_N):
             x = float8(x, x.size(-1) ** 0.5) if fp8 else x
-            logits = product(x, weight, dtype)
-            # Capped logits have gradients between -1 and 1; times 2^15, few are too small for
-            # 8-bit floats.
-            scale, grad_dtype = (2.0**15, torch.float8_e5m2) if fp8 else (1.0, dtype)
-            settings = vocab_size, args.logit_softcap, scale, grad_dtype
-            if args.triton_kernels and args.logit_softcap:
-                from triton_kernels import capped_cross_entropy
-
-                losses, grad = capped_cross_entropy(logits, targets, *settings)
-            else:
-                losses, grad = cross_entropy(logits, targets, *settings)
+            losses, grad = losses_and_gradients(product(x, weight, dtype), targets, *settings)
             total = total + losses.sum()
             grad = Float8(grad, x.scale.new_full((), 1 / scale)) if fp8 else grad
             grad_x.append(product(grad, weight_T, dtype, is_gradient=True))

@@ -92,7 +92,7 @@ def capped_cross_entropy(
 @capped_cross_entropy.register_fake
 def _(logits_NV, targets_N, vocab_size, softcap, scale, dtype):
     losses = torch.empty_like(targets_N, dtype=torch.float32)
-    return losses, torch.empty_like(logits_NV, dtype=dtype)
+    return losses, logits_NV.new_empty(logits_NV.shape, dtype=dtype)
 
 
 @triton.jit
