@@ -743,8 +743,9 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     has_triton = capability >= (7, 5) and importlib.util.find_spec("triton") is not None
     missing = {}
-    if capability < (8, 9):
-        reason = "only Ada, Hopper and newer GPUs have 8-bit floats; 16 bits instead, and slower"
+    if capability < (8, 9) or not has_triton:
+        reason = ("8-bit floats need Triton and an Ada, Hopper or newer GPU; 16 bits instead, and "
+                  "slower")
         missing |= {"fp8_head": reason, "fp8_blocks": reason}
     if not has_triton:
         missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "

@@ -240,7 +240,8 @@ def test_8_bit_floats_need_sizes_that_are_multiples_of_16(switch, name, value, f
 
 
 @pytest.mark.parametrize("capability, triton, off", [
-    ((9, 0), True, []), ((8, 9), True, []), ((9, 0), False, ["triton_kernels"]),
+    ((9, 0), True, []), ((8, 9), True, []),
+    ((9, 0), False, ["fp8_head", "fp8_blocks", "triton_kernels"]),
     ((8, 0), True, ["fp8_head", "fp8_blocks"]), ((7, 5), True, ["fp8_head", "fp8_blocks"]),
     ((7, 0), True, ["fp8_head", "fp8_blocks", "triton_kernels"]),
     (None, True, ["fp8_head", "fp8_blocks", "triton_kernels"]),
