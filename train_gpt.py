@@ -107,7 +107,6 @@ class Hyperparameters:
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-10  # added to the root of the second moment
-    lazy_tables: bool = False  # a step moves only those rows of embedding tables that it looks up
     weight_decay: float = 0.0  # decoupled, of all parameters; times the learning rate
     # Schedule
     train_steps: int = 1_500  # optimizer steps
@@ -121,7 +120,7 @@ class Hyperparameters:
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
     fp8_blocks: bool = False  # and in the blocks', but for attention's output and weight gradients
-    triton_kernels: bool = False  # Triton kernels: loss of capped logits, lazy tables
+    triton_kernels: bool = False  # a Triton kernel for the loss of capped logits
     compile: bool = True  # torch.compile
     kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts
     # Reports
@@ -1175,11 +1174,10 @@ def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express")
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of Muon and Adam: the work of a step is split over ranks, then gathered.
 
-    Each parameter group becomes one flat buffer of units (matrices for Muon, numbers for Adam,
-    rows for LazyAdam), padded so that every rank owns as many, and its parameters become views of
-    it. A step sums the gradients into each rank's share, updates the share, and gathers the shares.
-    With one rank the share is everything; the code is the same. Groups are lists of (name,
-    parameter).
+    Each parameter group becomes one flat buffer of units (matrices for Muon, numbers for Adam),
+    padded so that every rank owns as many, and its parameters become views of it. A step sums
+    the gradients into each rank's share, updates the share, and gathers the shares. With one rank
+    the share is everything; the code is the same. Groups are lists of (name, parameter).
     """
 
     unit_ndim: int  # dimensions of a unit
@@ -1329,32 +1327,6 @@ def adam_update(
     p.mul_(decay).sub_(step_size * exp_avg / (exp_avg_sq.sqrt() / root_bias2 + eps))
 
 
-class LazyAdam(Adam):
-    """Adam for embedding tables, in which a row rests while no token of a step looks it up.
-
-    A resting row keeps its moments too, and costs no more than to see that its gradient is zero.
-    """
-
-    unit_ndim = 1
-
-    def __init__(self, *args, fuse: bool, **defaults):
-        super().__init__(*args, fuse=False, **defaults)
-        self.kernel = lazy_adam_update
-        if fuse:
-            from triton_kernels import lazy_adam_update as kernel
-
-            self.kernel = kernel
-
-
-def lazy_adam_update(p_RD, grad_RD, grad_scale, exp_avg_RD, exp_avg_sq_RD, *settings) -> None:
-    """The plain twin of a Triton kernel."""
-    used = grad_RD.any(-1)
-    rows = [tensor[used] for tensor in (p_RD, exp_avg_RD, exp_avg_sq_RD)]
-    adam_update(rows[0], grad_RD[used], grad_scale, *rows[1:], *settings)
-    for tensor, new in zip((p_RD, exp_avg_RD, exp_avg_sq_RD), rows, strict=True):
-        tensor[used] = new
-
-
 LEARNING_RATES = ("matrix", "embed", "bigram", "head", "scalar")  # kinds of parameters
 
 
@@ -1363,7 +1335,7 @@ def build_optimizers(
 ) -> list[ShardedOptimizer]:
     """Optimizers that hold each parameter of the model once; RunError names one they do not."""
     lrs = {kind: getattr(args, f"{kind}_lr") for kind in LEARNING_RATES}
-    adam_groups, lazy_groups, muon_groups = {}, {}, {}
+    adam_groups, muon_groups = {}, {}
     for name, p in model.named_parameters():
         if p.ndim < 2:
             kind = "scalar"
@@ -1378,7 +1350,6 @@ def build_optimizers(
         groups, key = adam_groups, kind
         if kind in ("embed", "bigram", "head"):
             key = name  # a group of its own, so that nothing so large is copied
-            groups = lazy_groups if args.lazy_tables and kind != "head" else adam_groups
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
         groups.setdefault(key, dict(params=[], lr=lrs[kind]))["params"].append((name, p))
@@ -1387,11 +1358,9 @@ def build_optimizers(
     muon = dict(momentum=args.muon_momentum, beta2=args.muon_beta2, nesterov=args.muon_nesterov,
                 iteration=args.muon_iteration)
     optimizers = [
-        kind(list(groups.values()), rank, world_size, fuse=fuse, weight_decay=args.weight_decay,
-             **settings)
-        for kind, groups, fuse, settings in (
-            (Adam, adam_groups, args.compile, adam), (Muon, muon_groups, args.compile, muon),
-            (LazyAdam, lazy_groups, args.triton_kernels, adam))
+        kind(list(groups.values()), rank, world_size, fuse=args.compile,
+             weight_decay=args.weight_decay, **settings)
+        for kind, groups, settings in ((Adam, adam_groups, adam), (Muon, muon_groups, muon))
         if groups
     ]
     held = [name for o in optimizers for g in o.param_groups for name in g["param_names"]]

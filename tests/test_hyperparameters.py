@@ -32,7 +32,7 @@ OTHER = dict(
     optimizer="adam", matrix_lr="0.01", embed_lr="0.02", bigram_lr="0.2", head_lr="0.03",
     scalar_lr="0.5", muon_momentum="0.9", muon_beta2="0.9", muon_nesterov="false",
     muon_iteration="newton-schulz", adam_beta1="0.7", adam_beta2="0.99", adam_eps="1e-7",
-    lazy_tables="true", weight_decay="0.01", train_steps="9", warmup_frac="0.1",
+    weight_decay="0.01", train_steps="9", warmup_frac="0.1",
     cooldown_frac="0.2", final_lr_frac="0.3", dtype="bfloat16", residual_dtype="bfloat16",
     loss_chunk_size="32", attention="sdpa", fp8_head="true", fp8_blocks="true",
     triton_kernels="true", compile="true", kernel_warmup="true", val_loss_every="3", log_every="7",

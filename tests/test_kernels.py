@@ -89,30 +89,3 @@ def test_a_whole_head_equals_the_plain_head_forward_and_backward(fp8_head):
         found.append([loss.detach(), *torch.autograd.grad(loss / 7, (x, weight))])
     for plain, fused in zip(*found, strict=True):
         assert relative_error(fused, plain) < TOLERANCE
-
-
-def test_lazy_adam_equals_its_twin():
-    generator = torch.Generator().manual_seed(1)
-    tensors = [torch.randn(9, 100, generator=generator) for _ in range(4)]
-    tensors[1][[0, 3, 4, 8]] = 0  # gradients
-    tensors[3].square_()  # second moments
-    results = []
-    for update in (train_gpt.lazy_adam_update, triton_kernels.lazy_adam_update):
-        p, grad, exp_avg, exp_avg_sq = (tensor.clone().to(DEVICE) for tensor in tensors)
-        scalars = (torch.tensor(number) for number in (0.99, 0.3, 0.7))
-        update(p, grad, torch.tensor(0.5), exp_avg, exp_avg_sq, 0.8, 0.95, 1e-8, *scalars)
-        results.append((p, exp_avg, exp_avg_sq))
-    for plain, fused in zip(*results, strict=True):
-        torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-6)
-    for before, after in zip((tensors[0], tensors[2], tensors[3]), results[1], strict=True):
-        resting = (after.cpu() == before).all(-1).tolist()
-        assert resting == [True, False, False, True, True, False, False, False, True]
-
-
-def test_lazy_adam_shows_a_gradient_that_is_no_number():
-    p, grad = torch.ones(2, 8, device=DEVICE), torch.zeros(2, 8, device=DEVICE)
-    grad[1, 3] = float("nan")
-    scalars = (torch.tensor(number) for number in (0.99, 0.3, 0.7))
-    triton_kernels.lazy_adam_update(p, grad, 0.5, torch.zeros_like(p), torch.zeros_like(p), 0.8,
-                                    0.95, 1e-8, *scalars)
-    assert p.isnan().tolist() == [[False] * 8, [False] * 3 + [True] + [False] * 4]

@@ -19,7 +19,6 @@ import train_gpt
 from train_gpt import (
     GPT,
     Adam,
-    LazyAdam,
     Muon,
     RunError,
     build_optimizers,
@@ -118,39 +117,6 @@ def test_adam_equals_torchs_adamw(betas, eps):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-def test_lazy_adam_is_adam_where_every_row_has_a_gradient():
-    ours, theirs = parameters((6, 4)), parameters((6, 4))
-    theirs[0].data.copy_(ours[0].data)
-    settings = dict(fuse=False, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
-    optimizers = [kind([dict(params=named(p), lr=0.1)], 0, 1, **settings)
-                  for kind, p in ((LazyAdam, ours), (Adam, theirs))]
-    for _ in range(4):
-        ours[0].grad = torch.randn(6, 4)
-        theirs[0].grad = ours[0].grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-        torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=1e-6)
-
-
-def test_lazy_adam_leaves_a_row_without_a_gradient_and_its_moments_alone():
-    table = parameters((5, 4))
-    lazy = LazyAdam([dict(params=named(table), lr=0.1)], 0, 1, fuse=False, betas=(0.8, 0.95),
-                    eps=1e-8, weight_decay=0.1)
-    expected = table[0].detach().clone()
-    m, v = torch.zeros(5, 4), torch.zeros(5, 4)
-    for step, rows in enumerate(([1, 3], [3], [1, 4], [1, 3]), start=1):
-        grad = torch.zeros(5, 4)
-        grad[rows] = torch.randn(len(rows), 4)
-        table[0].grad = grad
-        lazy.step()
-        for row in rows:
-            m[row] = 0.8 * m[row] + 0.2 * grad[row]
-            v[row] = 0.95 * v[row] + 0.05 * grad[row] ** 2
-            direction = m[row] / (1 - 0.8**step) / ((v[row] / (1 - 0.95**step)).sqrt() + 1e-8)
-            expected[row] = expected[row] * (1 - 0.1 * 0.1) - 0.1 * direction
-        torch.testing.assert_close(table[0].detach(), expected, atol=1e-6, rtol=1e-5)
-
-
 # -----------------------------------------------------------------------------
 # Muon
 
@@ -224,14 +190,11 @@ def expected_lr(name):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
-def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(
-    optimizer, tied, lazy
-):
+def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(optimizer, tied):
     args = tiny_args(num_layers=4, value_embeddings=2, optimizer=optimizer, tied_head=tied,
                      bigram_rows=97, muon_momentum=0.9, muon_nesterov=False, weight_decay=0.3,
-                     lazy_tables=lazy, **LRS)
+                     **LRS)
     model = build(args)
     found = groups_of(model, args)
     assert set(found) == {name for name, _ in model.named_parameters()}
@@ -240,7 +203,6 @@ def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(
         assert group["weight_decay"] == 0.3
         is_muon = optimizer == "muon" and expected_lr(name) == 0.01
         assert isinstance(holder, Muon if is_muon else Adam), name
-        assert isinstance(holder, LazyAdam) == (lazy and "embed" in name), name
         if is_muon:
             assert (group["momentum"], group["nesterov"]) == (0.9, False)
             assert group["iteration"] == "polar-express"
@@ -294,7 +256,6 @@ OPTIMIZERS = {
     "adam": dict(optimizer="adam"),
     "normuon": dict(optimizer="muon", muon_beta2=0.9, key_offset=True, bigram_rows=31,
                     bigram_lr=0.05, batch_stages="512,1024", train_steps=3),
-    "lazy": dict(optimizer="muon", lazy_tables=True, bigram_rows=31, bigram_lr=0.05),
 }
 
 
