@@ -8,7 +8,8 @@ each part is set against a limit: arithmetic at the rate of a large matrix produ
 moved once at the memory's bandwidth. What no rule knows is listed as "other". Without a GPU the
 operators' own times stand in for kernels, and there are no limits.
 
-Of operators other than Inductor's the trace has no results, so that their limit is too low.
+Of operators other than Inductor's the trace has no results, so that their limit is too low. A limit
+of tensors that is beaten is wrong, as when a kernel reads only a part of a large tensor.
 8-bit floats can beat the limit of matrix products, which is one of 16 bits.
 """
 
@@ -24,22 +25,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import step_trace
 import torch
-from step_trace import (
-    ATTENTION,
-    BLOCKS,
-    HEAD,
-    MATRIX_OP,
-    OTHER,
-    PARTS,
-    RANGE,
-    Kernel,
-    Limits,
-    Sizes,
-    busy_time,
-    part_of,
-    read_trace,
-)
+from step_trace import BLOCKS, HEAD, RANGE, Kernel, Limits, Sizes, part_of
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -94,7 +82,7 @@ def part_table(
         parts[part_of(kernel, sizes)].append(kernel)
     lines = ["| part | ms | share | limit, ms | reached | the limit |",
              "| --- | ---: | ---: | ---: | ---: | --- |"]
-    for part in dict.fromkeys([*PARTS, *parts]):
+    for part in dict.fromkeys([*step_trace.PARTS, *parts]):
         if ms := sum(kernel.time for kernel in parts[part]) / steps / 1000:
             limit = "- | - | -"
             if limits and part in flops:
@@ -103,7 +91,7 @@ def part_table(
             elif limits:
                 limit = tensor_limit(parts[part], sizes, steps, limits)
             lines.append(f"| {part} | {ms:.3f} | {ms / step_ms:.1%} | {limit} |")
-    idle = max(0, step_ms - busy_time(kernels) / steps / 1000)
+    idle = max(0, step_ms - step_trace.busy_time(kernels) / steps / 1000)
     lines += [f"| idle | {idle:.3f} | {idle / step_ms:.1%} | - | - | - |",
               f"| a step | {step_ms:.3f} | 100.0% | - | - | - |"]
     return "\n".join(lines)
@@ -111,16 +99,17 @@ def part_table(
 
 def tensor_limit(kernels: list[Kernel], sizes: Sizes, steps: int, limits: Limits) -> str:
     """The last three cells of a part, over those of its kernels whose tensors are in the trace."""
-    needed, covered = {}, 0.0
-    for kernel in kernels:
-        if (op := kernel.launcher) and (seconds := limits.seconds(op, sizes)):
-            needed[id(op)] = seconds  # once, however many kernels an operator launches
-            covered += kernel.time
-    if not covered:
+    # Each operator once, however many kernels it launches.
+    known = {id(kernel.launcher): kernel for kernel in kernels if limits.seconds(kernel, sizes)}
+    time = sum(kernel.time for kernel in kernels if id(kernel.launcher) in known)
+    if not time:
         return "- | - | -"
-    bound, share = sum(needed.values()), covered / sum(kernel.time for kernel in kernels)
-    return (f"{1000 * bound / steps:.3f} | {1e6 * bound / covered:.0%} | "
-            f"tensors of {share:.0%} of the time")
+    bound, moving = (1e6 * sum(some.seconds(kernel, sizes) for kernel in known.values())
+                     for some in (limits, limits._replace(flops=float("inf"))))
+    if moving > 1.05 * time:
+        return f"- | - | wrong, at {moving / time:.0%} of it: not all tensors counted were moved"
+    share = time / sum(kernel.time for kernel in kernels)
+    return f"{bound / steps / 1000:.3f} | {bound / time:.0%} | tensors of {share:.0%} of the time"
 
 
 def kernel_table(kernels: list[Kernel], sizes: Sizes, steps: int) -> str:
@@ -128,34 +117,20 @@ def kernel_table(kernels: list[Kernel], sizes: Sizes, steps: int) -> str:
     times = defaultdict(list)
     for kernel in kernels:
         name, op = kernel.name, kernel.launcher
-        if op and MATRIX_OP.fullmatch(op.name):
+        if op and step_trace.MATRIX_OP.fullmatch(op.name):
             name = " ".join("x".join(map(str, shape)) for shape in op.shapes[:3]) + f" {name}"
         times[part_of(kernel, sizes), name[:90]].append(kernel.time)
     ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
     lines = ["| ms | calls | part | kernel |", "| ---: | ---: | --- | --- |"]
     lines += [f"| {sum(some) / steps / 1000:.3f} | {len(some) / steps:g} | {part} | `{name}` |"
               for (part, name), some in ranked[:LISTED]]
-    if unknown := [f"`{name}`" for (part, name), _ in ranked if part == OTHER]:
+    if unknown := [f"`{name}`" for (part, name), _ in ranked if part == step_trace.OTHER]:
         lines += ["", f"Not classified: {', '.join(unknown[:LISTED])}"]
     return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------
 # Running steps
-
-
-class Ranged:
-    """An optimizer whose steps are a named range of the profile."""
-
-    def __init__(self, optimizer: train_gpt.ShardedOptimizer):
-        self.optimizer, self.name = optimizer, f"{RANGE}{type(optimizer).__name__}"
-
-    def __getattr__(self, name: str):
-        return getattr(self.optimizer, name)
-
-    def step(self) -> None:
-        with torch.profiler.record_function(self.name):
-            self.optimizer.step()
 
 
 class Trainer(NamedTuple):
@@ -166,7 +141,7 @@ class Trainer(NamedTuple):
     notes: list[str]  # what of it is not as the options say, for a person
     model: train_gpt.GPT
     compiled: Callable
-    optimizers: list[Ranged]
+    optimizers: list[train_gpt.ShardedOptimizer]  # their steps are named ranges of the profile
 
 
 def build(args: Hyperparameters) -> Trainer:
@@ -183,8 +158,10 @@ def build(args: Hyperparameters) -> Trainer:
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
         train_gpt.warm_up(model, compiled, optimizers, args, ranks)
-    notes = [f"attention {name}", *notes]
-    return Trainer(args, ranks, notes, model, compiled, [Ranged(o) for o in optimizers])
+    for optimizer in optimizers:
+        named = torch.profiler.record_function(f"{RANGE}{type(optimizer).__name__}")
+        optimizer.step = named(optimizer.step)
+    return Trainer(args, ranks, [f"attention {name}", *notes], model, compiled, optimizers)
 
 
 def middle_steps(args: Hyperparameters) -> dict[int, int]:
@@ -241,11 +218,8 @@ def time_steps(run_step: Callable, batches: list, device: torch.device) -> tuple
 def profile_steps(run_step: Callable, batches: list, device: torch.device, path: Path) -> None:
     """Write the trace of all steps but the first, which warms the profiler up."""
     profiler = torch.profiler
-    kinds = [profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        kinds.append(profiler.ProfilerActivity.CUDA)
     phases = profiler.schedule(wait=0, warmup=1, active=len(batches) - 1, repeat=1)
-    with profiler.profile(activities=kinds, record_shapes=True, schedule=phases,
+    with profiler.profile(record_shapes=True, schedule=phases,
                           on_trace_ready=lambda p: p.export_chrome_trace(str(path))) as profile:
         for step_batches in batches:
             run_step(step_batches)
@@ -280,16 +254,17 @@ def profile_stage(
            f"{max(times):.3f} ms, in which {compiled} graphs were compiled.")
 
     profile_steps(run_step, profiled, device, trace)
-    if not (kernels := read_trace(trace, on_gpu)):
+    if not (kernels := step_trace.read_trace(trace, on_gpu)):
         yield "The profiler saw nothing run; another profiler may be at work on this machine."
         return
     limits = Limits(own.rate * 1e12, own.bandwidth * 1e12) if on_gpu else None
-    head = (model.embed.weight if model.head is None else model.head).numel()
+    head = min(args.sampled_vocab or args.vocab_size, args.vocab_size) * args.model_dim
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
     attention = [attention_flops(model, some, windows) for some in profiled[-PROFILED:]]
     flops = {BLOCKS: 6 * blocks * size, HEAD: 6 * head * size,
-             ATTENTION: statistics.fmean(attention)}
-    sizes = Sizes(args.vocab_size, args.model_dim, args.bigram_rows, args.device_batch_size)
+             step_trace.ATTENTION: statistics.fmean(attention)}
+    sizes = Sizes(args.vocab_size, args.model_dim, args.bigram_rows, args.device_batch_size,
+                  args.sampled_vocab)
     # The profiler slows a CPU's own work; a GPU's kernels take as long as without it.
     span = (max(k.end for k in kernels) - min(k.start for k in kernels)) / PROFILED / 1000
     yield part_table(kernels, sizes, PROFILED, ms if on_gpu else span, limits, flops)

@@ -25,13 +25,13 @@ PARTS = (BLOCKS, HEAD, ATTENTION, LOSS, POINTWISE, TABLES, f"{RANGE}Muon", f"{RA
 
 
 class Op(NamedTuple):
-    """An operator or a named range of the CPU; of its arguments, the tensors."""
+    """An operator or a named range of the CPU; of its arguments, the tensors and their memory."""
 
     name: str
     start: float
     end: float
     shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
+    bytes: tuple[int, ...]
 
 
 class Kernel(NamedTuple):
@@ -47,23 +47,35 @@ class Kernel(NamedTuple):
     def launcher(self) -> Op | None:
         """The operator whose arguments are this kernel's, if the trace has it.
 
-        A whole compiled graph or a node of autograd has arguments too, but of many kernels.
+        A whole compiled graph or a node of autograd has arguments too, but of many kernels; so has
+        any operator around one of Inductor's kernels but the one that has the kernel's name.
         """
         op = self.stack[-1] if self.stack else None
         if op and (op.name.startswith(("triton", self.name)) or self.name.startswith(op.name)
-                   or "::" in op.name and "autograd::" not in op.name):
+                   or "::" in op.name and "autograd::" not in op.name
+                   and not self.name.startswith("triton_")):
             return op
         return None
+
+    @property
+    def is_copy(self) -> bool:
+        op = self.launcher
+        return bool(COPY_KERNEL.fullmatch(self.name) or op and COPY_OP.fullmatch(op.name))
 
 
 def read_op(event: dict) -> Op:
     args = event.get("args", {})
-    # A list of tensors has a list of shapes, and no dtypes.
-    tensors = [(tuple(shape), dtype) for shape, dtype
-               in zip(args.get("Input Dims", ()), args.get("Input type", ()), strict=False)
-               if shape and all(isinstance(n, int) for n in shape)]
-    shapes, dtypes = zip(*tensors, strict=True) if tensors else ((), ())
-    return Op(event["name"], event["ts"], event["ts"] + event.get("dur", 0), shapes, dtypes)
+    dims, tensors = args.get("Input Dims", ()), []
+    for shape, dtype, strides in zip(
+        dims, args.get("Input type", ()), args.get("Input Strides", dims), strict=False
+    ):
+        # A list of tensors has a list of shapes, and no dtypes.
+        if shape and all(isinstance(n, int) for n in shape):
+            # An expanded dimension has a stride of 0 and takes no memory.
+            stored = math.prod(n for n, stride in zip(shape, strides, strict=False) if stride)
+            tensors.append((tuple(shape), stored * BYTES.get(dtype, 0)))
+    shapes, sizes = zip(*tensors, strict=True) if tensors else ((), ())
+    return Op(event["name"], event["ts"], event["ts"] + event.get("dur", 0), shapes, sizes)
 
 
 def read_trace(path: Path, of_gpu: bool) -> list[Kernel]:
@@ -95,7 +107,12 @@ def read_trace(path: Path, of_gpu: bool) -> list[Kernel]:
             args, time = event.get("args", {}), event.get("dur", 0)
             stack = (by_correlation.get(args.get("correlation", "none"))
                      or by_external.get(args.get("External id", "none"), ()))
-            kernels.append(Kernel(event["name"], event["ts"], event["ts"] + time, time, stack))
+            name, start, end = event["name"], event["ts"], event["ts"] + time
+            if event["cat"] != "kernel":
+                # It need not move the arguments of the operator: products clear a workspace.
+                moved = args.get("bytes", 0) * (2 if "DtoD" in name else 1)
+                stack += (Op(name, start, end, ((moved,),), (moved,)),)
+            kernels.append(Kernel(name, start, end, time, stack))
     return kernels
 
 
@@ -129,10 +146,12 @@ class Sizes(NamedTuple):
     model_dim: int
     bigram_rows: int
     tokens: int
+    sampled_vocab: int = 0
 
     def has_vocabulary(self, shape: tuple[int, ...]) -> bool:
-        """One of the dimensions is the vocabulary, as it is or padded."""
-        return any(-(-self.vocab_size // n) * n in shape for n in (1, 8, 16, 32, 64, 128))
+        """One of the dimensions is the vocabulary or the sample, as it is or padded."""
+        return any(-(-size // n) * n in shape for size in (self.vocab_size, self.sampled_vocab)
+                   for n in (1, 8, 16, 32, 64, 128) if size)
 
     def is_table(self, shape: tuple[int, ...]) -> bool:
         return shape in ((self.vocab_size, self.model_dim), (self.bigram_rows, self.model_dim))
@@ -180,7 +199,7 @@ def part_of(kernel: Kernel, sizes: Sizes) -> str:
         return LOSS
     if any(map(sizes.is_table, shapes)):
         return TABLES
-    if COPY_KERNEL.fullmatch(name) or op and COPY_OP.fullmatch(op.name):
+    if kernel.is_copy:
         return COPIES
     known = KNOWN_NAME.match(name) or op and op.name.startswith("aten::")
     return POINTWISE if known else OTHER
@@ -200,17 +219,25 @@ class Limits(NamedTuple):
     flops: float  # of matrix products
     bandwidth: float  # bytes
 
-    def seconds(self, op: Op, sizes: Sizes) -> float:
-        """What `op` needs for its arguments, each moved once, or for its matrix product.
+    def seconds(self, kernel: Kernel, sizes: Sizes) -> float:
+        """What it needs to move its launcher's arguments, each once, or for its matrix product.
 
         0 where the trace tells too little; too little also where results are not among them.
         """
-        traffic = 0
-        for shape, dtype in zip(op.shapes, op.dtypes, strict=True):
-            if "embedding" in op.name and sizes.is_table(shape):  # a row for each token at most
-                shape = min(shape[0], sizes.tokens), shape[1]
-            traffic += math.prod(shape) * BYTES.get(dtype, 0)
-        flops, first = 0, "add" in op.name  # the factors follow what the product is added to
+        op, flops = kernel.launcher, 0
+        if not op:
+            return 0
+        traffic = sum(op.bytes)
+        if kernel.is_copy and traffic:
+            *others, (most, largest) = sorted(zip(map(math.prod, op.shapes), op.bytes, strict=True))
+            if others:  # of a buffer that is larger than what is copied, only a slice is moved
+                traffic -= largest * max(0, 1 - sum(count for count, _ in others) / most)
+            elif "transpose" in op.name:  # the result, of the same size, is not an argument
+                traffic *= 2
+        elif "embedding" in op.name:  # a row for each token at most
+            traffic = sum(size * min(1, sizes.tokens / shape[0]) if sizes.is_table(shape) else size
+                          for shape, size in zip(op.shapes, op.bytes, strict=True))
+        first = "add" in op.name  # the factors follow what the product is added to
         if MATRIX_OP.fullmatch(op.name) and len(op.shapes) >= first + 2:
             a, b = op.shapes[first : first + 2]
             flops = 2 * math.prod(a) * b[-1] if a[-1:] == b[-2:-1] else 0

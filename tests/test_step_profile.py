@@ -31,8 +31,8 @@ class Trace:
         self.events.append(dict(ph="X", cat=category, name=name, pid=7, tid=thread, ts=start,
                                 dur=duration, args=args))
 
-    def cpu(self, *names, inputs=(), launches=None, gpu_start=None, duration=1.0, link=True,
-            category="kernel", thread=1):
+    def cpu(self, *names, inputs=(), strides=None, launches=None, gpu_start=None, duration=1.0,
+            link=True, category="kernel", thread=1, **extra):
         """Nested operators, the last with `inputs` [(shape, dtype)], that launch a kernel."""
         start = self.now
         self.now += 10 * len(names) + 10
@@ -42,6 +42,8 @@ class Trace:
             if innermost and inputs:
                 args["Input Dims"] = [shape for shape, _ in inputs]
                 args["Input type"] = [dtype for _, dtype in inputs]
+                if strides:
+                    args["Input Strides"] = strides
             is_range = name.startswith(("optimizer", "##"))
             self.add("user_annotation" if is_range else "cpu_op", name, start + depth,
                      10 * len(names) - 2 * depth, thread, **args)
@@ -54,7 +56,7 @@ class Trace:
                      correlation=correlation)
         start = self.gpu if gpu_start is None else gpu_start
         self.gpu = max(self.gpu, start + duration)
-        self.add(category, launches, start, duration, 99, correlation=correlation, **ids)
+        self.add(category, launches, start, duration, 99, correlation=correlation, **ids, **extra)
 
     def read(self, folder, of_gpu=True):
         path = folder / "trace.json"
@@ -249,7 +251,75 @@ def test_a_lookup_moves_a_row_for_each_token_at_most(tmp_path):
     name = "triton_poi_fused_embedding_0"
     trace.cpu(name, inputs=[([251_520, D], FLOAT), ([V, D], FLOAT)], launches=name)
     [kernel] = trace.read(tmp_path)
-    assert Limits(1, 1).seconds(kernel.launcher, SIZES) == (65_536 + V) * D * 4
+    assert Limits(1, 1).seconds(kernel, SIZES) == (65_536 + V) * D * 4
+
+
+CAST, SLICE, CAT = (f"triton_poi_fused_{name}_3" for name in (
+    "_to_copy_t", "clone_unbind_view", "cat"))
+ZEROS, FP8 = "triton_poi_fused_zeros_3", "c10::Float8_e4m3fn"
+ELEMENTWISE = "void at::native::vectorized_elementwise"
+# names of the operators around the launch, the last one's inputs, the kernel, what else is known,
+# the bytes that are read and written
+COPIED = {
+    "cast": ([CAST], [([D, D], FLOAT), ([D, D], BF16)], CAST, {}, D * D * (4 + 2)),
+    "slice": ([SLICE], bf16((CHUNK, 3 * D), (CHUNK, D)), SLICE, {}, 2 * CHUNK * D * 2),
+    "slice written": ([SLICE], bf16((CHUNK, D), (CHUNK, 3 * D)), SLICE, {}, 2 * CHUNK * D * 2),
+    "two joined": ([CAT], bf16((CHUNK, D), (CHUNK, D), (2 * CHUNK, D)), CAT, {}, 4 * CHUNK * D * 2),
+    "one fused fill": ([ZEROS], [([V, D], FLOAT)], ZEROS, {}, V * D * 4),
+    "fill below a lookup's gradient": (["aten::embedding_dense_backward", "aten::fill_"],
+                                       [([D, 8], FLOAT), ([], "Scalar")], ELEMENTWISE, {},
+                                       D * 8 * 4),
+    "copy of an expanded row": (["aten::copy_"], [([CHUNK, D], FLOAT)] * 2, ELEMENTWISE,
+                                {"strides": [[D, 1], [0, 1]]}, (CHUNK + 1) * D * 4),
+    "own transposition": (["speedrun::transposed"], [([CHUNK, D], FP8)], "_transpose", {},
+                          2 * CHUNK * D),
+    "inside the GPU": (["aten::copy_"], [([V, D], FLOAT)] * 2, "Memcpy DtoD (Device -> Device)",
+                       {"category": "gpu_memcpy", "bytes": 512}, 2 * 512),
+    "to the GPU": (["aten::copy_"], [([V, D], FLOAT)] * 2, "Memcpy HtoD (Pinned -> Device)",
+                   {"category": "gpu_memcpy", "bytes": 512}, 512),
+    "workspace of a product": (["aten::_scaled_mm"], [([CHUNK, D], FP8), ([D, V], FP8)],
+                               "Memset (Device)", {"category": "gpu_memset", "bytes": 64}, 64),
+    "fill of unknown size": (["aten::mm"], bf16((CHUNK, D), (D, V)), "Memset (Device)",
+                             {"category": "gpu_memset"}, 0),
+    "Inductor's inside another operator": (["speedrun::loss"], bf16((V, D), (CHUNK, D)), CAST, {},
+                                           0),
+    "a list of tensors": (["aten::cat"], [([[V, D], [V, D]], "TensorList")], "_Copy", {}, 0),
+}
+
+
+@pytest.mark.parametrize("case", COPIED)
+def test_a_copy_or_fill_counts_what_it_moves_itself(case, tmp_path):
+    names, inputs, name, known, moved = COPIED[case]
+    trace = Trace()
+    trace.cpu(*names, inputs=inputs, launches=name, **known)
+    [kernel] = trace.read(tmp_path)
+    assert Limits(1e30, 1).seconds(kernel, SIZES) == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("known, expected", [
+    ({"bytes": 4_000_000}, ["0.004", "40%", "tensors of 100% of the time"]), ({}, ["-", "-", "-"])])
+def test_a_fill_that_a_product_launches_does_not_count_the_product(tmp_path, known, expected):
+    trace = Trace()
+    trace.cpu("aten::_scaled_mm", inputs=[([CHUNK, D], FP8), ([D, D], FP8)], launches=GEMM,
+              duration=90)
+    product = dict(trace.events[-1]["args"])
+    trace.add("gpu_memset", "Memset (Device)", 90, 10, 99, **product, **known)
+    table = step_profile.part_table(trace.read(tmp_path), SIZES, 1, 1.0, Limits(1e14, 1e12), {})
+    assert cells(table, "copies and fills")[3:] == expected
+    product = 2 * CHUNK * D * D / 1e14
+    assert cells(table, "matrix products: blocks")[3:5] == [
+        f"{1000 * product:.3f}", f"{product / 90e-6:.0%}"]
+
+
+@pytest.mark.parametrize("duration, expected", [
+    (100, ["0.100", "100%", "tensors of 100% of the time"]),
+    (50, ["-", "-", "wrong, at 200% of it: not all tensors counted were moved"])])
+def test_a_limit_of_tensors_that_is_beaten_is_called_wrong(tmp_path, duration, expected):
+    trace = Trace()
+    trace.cpu("triton_poi_fused_mul_1", inputs=bf16((50_000,)), launches="triton_poi_fused_mul_1",
+              duration=duration)
+    table = step_profile.part_table(trace.read(tmp_path), SIZES, 1, 1.0, Limits(1e12, 1e9), {})
+    assert cells(table, "norms and other pointwise")[3:] == expected
 
 
 def test_the_kernels_are_listed_by_time_with_the_unknown_ones_below(kernels):
