@@ -67,6 +67,7 @@ class Hyperparameters:
     device_batch_size: int = 49_152  # tokens per micro-batch and GPU; changes memory, not training
     val_batch_size: int = 65_536  # tokens per validation forward and GPU; changes memory only
     row_length: int = 16_384  # tokens per row; no document and no attention crosses a row
+    val_row_length: int = 0  # the same for validation; 0: row_length
     document_masking: bool = True  # pack whole documents into rows; false: cut the stream
     max_document_length: int = 2_048  # tokens of a document that are trained on
     # Model
@@ -117,6 +118,7 @@ class Hyperparameters:
     dtype: str = "bfloat16"  # of matrix products and attention; weights are float32
     residual_dtype: str = "bfloat16"  # of the residual stream
     loss_chunk_size: int = 8_192  # tokens whose logits exist at the same time
+    sampled_vocab: int = 0  # tokens that training compares with: the targets, and a sample; 0: all
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
     fp8_blocks: bool = False  # and in the blocks', but for attention's output and weight gradients
@@ -160,6 +162,11 @@ class Hyperparameters:
         return sum(map(self.batch_size_at, range(self.train_steps)))
 
     @property
+    def max_val_length(self) -> int:
+        """Tokens in a row of validation, which is also the longest that a sequence can be."""
+        return self.val_row_length or self.row_length
+
+    @property
     def max_train_length(self) -> int:
         """Tokens in the longest sequence of a training row."""
         if not self.document_masking:
@@ -185,9 +192,11 @@ BASELINE = dict(
 
 # In the making: what helped most in records/measurements.
 RECORD = dict(
-    batch_size=65_536, device_batch_size=65_536, key_offset=True, bigram_rows=5 * 50_304,
-    matrix_lr=0.02, embed_lr=0.12, bigram_lr=0.25, head_lr=0.0033, scalar_lr=0.016, muon_beta2=0.9,
-    train_steps=4_600, loss_chunk_size=16_384, fp8_head=True, fp8_blocks=True, triton_kernels=True,
+    batch_size=65_536, device_batch_size=65_536, val_row_length=65_536, num_layers=8,
+    key_offset=True, bigram_rows=5 * 50_304, matrix_lr=0.02, embed_lr=0.12, bigram_lr=0.25,
+    head_lr=0.0033, scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6,
+    adam_beta2=0.99, train_steps=4_600, loss_chunk_size=16_384, sampled_vocab=16_000,
+    fp8_head=True, fp8_blocks=True, triton_kernels=True,
 )
 
 # Small enough for two cores of a CPU and some minutes.
@@ -210,7 +219,8 @@ RECIPES: dict[str, dict] = {
     "baseline": BASELINE,
     "sample": SAMPLE,
     "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
-    "sample-record": RECORD | SAMPLE | dict(bigram_rows=4_096, matrix_lr=0.05, scalar_lr=0.04),
+    "sample-record": RECORD | SAMPLE | dict(
+        val_row_length=0, bigram_rows=4_096, sampled_vocab=8_192, matrix_lr=0.05),
 }
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
@@ -309,7 +319,8 @@ def find_problem(args: Hyperparameters) -> str | None:
     for name in positive:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
-    for name in ("value_embeddings", "val_loss_every", "window_start", "logit_softcap"):
+    for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start",
+                 "logit_softcap", "sampled_vocab"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
     if args.logit_softcap > 70:  # exp(cap) * vocab_size has to be a float32
@@ -318,10 +329,12 @@ def find_problem(args: Hyperparameters) -> str | None:
         if (args.fp8_head or args.fp8_blocks) and getattr(args, name) % 16:
             return (f"--{name} must be a multiple of 16 with --fp8_head or --fp8_blocks, got "
                     f"{getattr(args, name)}")
-    for name in ("batch_size", "device_batch_size", "val_batch_size", "val_tokens"):
-        if getattr(args, name) % args.row_length:
-            return (f"--{name} {getattr(args, name)} must be a multiple of --row_length "
-                    f"{args.row_length}")
+    val_row = "val_row_length" if args.val_row_length else "row_length"
+    for name, row in (("batch_size", "row_length"), ("device_batch_size", "row_length"),
+                      ("val_batch_size", val_row), ("val_tokens", val_row)):
+        if getattr(args, name) % getattr(args, row):
+            return (f"--{name} {getattr(args, name)} must be a multiple of --{row} "
+                    f"{getattr(args, row)}")
     if not re.fullmatch(r"(\d+(,\d+)*)?", args.batch_stages):
         return f"--batch_stages must be numbers, as 65536,131072; got {args.batch_stages!r}"
     for size in args.stage_batch_sizes:
@@ -412,7 +425,7 @@ class MicroBatch(NamedTuple):
 
 
 class TokenRows:
-    """A shard's tokens cut into rows of `row_length`, each row a list of sequences.
+    """A shard's tokens cut into rows of equal length, each row a list of sequences.
 
     Without document masking a row is one sequence, cut from the stream. With it, training rows are
     packed with documents from their first token on: a document is cut at `max_document_length`
@@ -427,11 +440,11 @@ class TokenRows:
         if (largest := int(self.tokens.max())) >= args.vocab_size:
             raise RunError(f"{path} holds token {largest}, outside the vocabulary of "
                            f"{args.vocab_size:,}")
-        self.row_length = args.row_length
-        self.max_length, self.whole_rows = args.row_length, not args.document_masking
-        row_starts = np.arange(0, len(self.tokens) - args.row_length, args.row_length)
+        self.row_length = self.max_length = args.row_length if training else args.max_val_length
+        self.whole_rows = not args.document_masking
+        row_starts = np.arange(0, len(self.tokens) - self.row_length, self.row_length)
         if not args.document_masking:
-            self.starts, self.lengths = row_starts, np.full_like(row_starts, args.row_length)
+            self.starts, self.lengths = row_starts, np.full_like(row_starts, self.row_length)
             self.first_sequence = np.arange(len(row_starts) + 1)
             return
         documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
@@ -442,7 +455,7 @@ class TokenRows:
             self.max_length = args.max_train_length
             self._pack(documents)
         else:
-            end = len(row_starts) * args.row_length
+            end = len(row_starts) * self.row_length
             self.starts = np.union1d(row_starts, documents[documents < end])
             self.lengths = np.diff(self.starts, append=end)
             self.first_sequence = np.searchsorted(self.starts, np.append(row_starts, end))
@@ -550,7 +563,7 @@ def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> 
     def are_enough() -> bool:
         if training:
             return count_steps(shards, args) >= args.train_steps
-        return sum(shard.num_rows for shard in shards) >= args.val_tokens // args.row_length
+        return sum(shard.num_rows for shard in shards) >= args.val_tokens // args.max_val_length
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for info in pool.map(lambda path: inspect_shard(path, args, training), paths):
@@ -578,11 +591,11 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
     val = inspect_enough(val_paths, args, training=False)
     train = inspect_enough(train_paths, args, training=True)
 
-    val_rows = sum(shard.num_rows for shard in val)
-    if val_rows * args.row_length < args.val_tokens:
+    val_tokens = sum(shard.num_rows for shard in val) * args.max_val_length
+    if val_tokens < args.val_tokens:
         raise RunError(f"validation needs {args.val_tokens:,} tokens and one more, but {folder} "
-                       f"holds {val_rows * args.row_length:,} in whole rows; fetch the whole val "
-                       f"shard, or lower --val_tokens (not a record)")
+                       f"holds {val_tokens:,} in whole rows; fetch the whole val shard, or lower "
+                       f"--val_tokens (not a record)")
     steps = count_steps(train, args)
     if steps < args.train_steps:
         if steps == 0:
@@ -647,9 +660,10 @@ def prefetch(items: Iterable, depth: int = 2) -> Iterator:
 def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -> MicroBatch:
     """A micro-batch of random tokens in the shapes of real ones, for warming up."""
     generator = torch.Generator().manual_seed(args.seed)
-    shape = (num_tokens // args.row_length, args.row_length)
+    row_length = args.row_length if training else args.max_val_length
+    shape = (num_tokens // row_length, row_length)
     inputs, targets = torch.randint(args.vocab_size, (2, *shape), generator=generator).int()
-    max_length = args.max_train_length if training else args.row_length
+    max_length = args.max_train_length if training else args.max_val_length
     cu_seqlens = torch.arange(0, num_tokens + 1, max_length, dtype=torch.int32)
     if cu_seqlens[-1] < num_tokens:
         cu_seqlens = torch.cat([cu_seqlens, torch.tensor([num_tokens], dtype=torch.int32)])
@@ -858,13 +872,15 @@ class Rotary(nn.Module):
         self.active = round(pairs * args.rotary_fraction)  # the first so many pairs rotate
         exponent = torch.arange(self.active, dtype=torch.float64) / max(1, self.active)
         frequency = F.pad(args.rotary_base**-exponent, (0, pairs - self.active))
-        angle_TK = torch.outer(torch.arange(args.row_length, dtype=torch.float64), frequency)
+        positions = torch.arange(max(args.row_length, args.max_val_length), dtype=torch.float64)
+        angle_TK = torch.outer(positions, frequency)
         self.register_buffer("cos", angle_TK.cos().float()[:, None], persistent=False)
         self.register_buffer("sin", angle_TK.sin().float()[:, None], persistent=False)
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         a, b = x_BTHK.float().chunk(2, dim=-1)
-        rotated = torch.cat([a * self.cos + b * self.sin, b * self.cos - a * self.sin], dim=-1)
+        cos, sin = self.cos[: x_BTHK.size(1)], self.sin[: x_BTHK.size(1)]
+        rotated = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
         return rotated.type_as(x_BTHK)
 
 
@@ -1051,16 +1067,41 @@ class GPT(nn.Module):
 def linear_cross_entropy(x_ND, weight_VD, targets_N, args: Hyperparameters) -> Tensor:
     """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
 
-    With `fp8_head`, x has to be RMS-normalised; validation does without 8-bit floats.
+    With `fp8_head`, x has to be RMS-normalised. Validation does without 8-bit floats and samples.
     """
     if torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, args)
+        offsets_V = None
+        if 0 < args.sampled_vocab < len(weight_VD):
+            tokens, offsets_V, targets_N = sample_vocabulary(
+                targets_N, len(weight_VD), args.sampled_vocab)
+            weight_VD = weight_VD.index_select(0, tokens)
+        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, offsets_V, args)
     weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     for x, targets in split(args.loss_chunk_size, x_ND, targets_N):
         logits = capped(product(x, weight, x.dtype)[:, : len(weight_VD)], args.logit_softcap)
-        total = total + (log_total(logits, args.logit_softcap)[:, 0] - pick(logits, targets)).sum()
+        total = total + (log_total(logits, args.logit_softcap) - pick(logits, targets)).sum()
     return total
+
+
+def sample_vocabulary(targets_N, vocab_size: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens for a micro-batch's loss to compare with: its targets, and others drawn at random.
+
+    Returns `size` different tokens, what to add to their logits (float32), and the targets as
+    places among the tokens (int32); where there are more targets than places, some get -1. Each
+    drawn token stands for as many others as were left out for it, so that the sum of all
+    exp(logits) is expected to be that over the vocabulary. After Jean et al. 2015, who drew from
+    the targets of a part of the data.
+    """
+    is_target = torch.zeros(vocab_size, device=targets_N.device)
+    is_target = is_target.index_fill(0, targets_N.long(), 1.0)
+    tokens = (is_target + torch.rand_like(is_target)).argsort(descending=True)[:size]
+    others = vocab_size - is_target.sum()
+    drawn = (others - (vocab_size - size)).clamp_min(1)
+    offsets = torch.where(is_target[tokens] > 0, 0.0, (others / drawn).log())
+    place = torch.arange(size, dtype=torch.int32, device=tokens.device)
+    places = place.new_full((vocab_size,), -1).index_copy(0, tokens, place)
+    return tokens, offsets, places[targets_N.long()]
 
 
 def split(size: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -1072,14 +1113,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     micro-batch, the largest tensor of the run by far, never exist."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, args):
+    def forward(ctx, x_ND, weight_VD, targets_N, offsets_V, args):
         fp8, dtype, vocab_size = args.fp8_head, x_ND.dtype, len(weight_VD)
         weight = pad_vocabulary(weight_VD.to(dtype))
         weight = float8(weight) if fp8 else weight
         weight_T = weight.T
         # Capped logits have gradients between -1 and 1; times 2^15, few are too small for 8 bits.
         scale, grad_dtype = (2.0**15, torch.float8_e5m2) if fp8 else (1.0, dtype)
-        settings = vocab_size, args.logit_softcap, scale, grad_dtype
+        settings = offsets_V, vocab_size, args.logit_softcap, scale, grad_dtype
         losses_and_gradients = cross_entropy
         if args.triton_kernels and args.logit_softcap:
             from triton_kernels import capped_cross_entropy as losses_and_gradients
@@ -1099,24 +1140,29 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        return (grad_loss * grad_x).type_as(grad_x), grad_loss * grad_weight, None, None
+        grad_x = (grad_loss * grad_x).type_as(grad_x)
+        return grad_x, grad_loss * grad_weight, None, None, None
 
 
-def cross_entropy(logits_NV, targets_N, vocab_size: int, softcap: float, scale: float, dtype):
+def cross_entropy(
+    logits_NV, targets_N, offsets_V, vocab_size: int, softcap: float, scale: float, dtype
+) -> tuple[Tensor, Tensor]:
     """Cross entropies (N,) of the capped logits, and their gradients (N, V) times `scale`.
 
-    The columns from `vocab_size` on are padding, with gradient 0. On a CPU, new memory costs more
-    than the arithmetic, hence the operations in place. The plain twin of a Triton kernel.
+    `offsets_V`, if any, are added to the capped logits. A target of -1 has loss and gradient 0. The
+    columns from `vocab_size` on are padding, with gradient 0. On a CPU, new memory costs more than
+    the arithmetic, hence the operations in place. The plain twin of a Triton kernel.
     """
     z = capped(logits_NV[:, :vocab_size], softcap)
-    total = log_total(z, softcap)
-    losses = total[:, 0] - pick(z, targets_N)
+    y = z if offsets_V is None else z + offsets_V
+    total, has_target = log_total(y, softcap), (targets_N >= 0)[:, None]
+    losses = (total - pick(y, targets_N.clamp_min(0))) * has_target
     vocabulary = torch.arange(vocab_size, device=z.device)
-    grad = (z - total).exp_().sub_((vocabulary == targets_N[:, None]).float())
+    grad = (y - total).exp_().sub_((vocabulary == targets_N[:, None]).float())
     if softcap:
         grad.mul_(z.div_(softcap).square_().neg_().add_(1))
-    grad = grad.mul_(scale).to(dtype)
-    return losses, F.pad(grad, (0, logits_NV.size(1) - vocab_size))
+    grad = grad.mul_(scale * has_target).to(dtype)
+    return losses[:, 0], F.pad(grad, (0, logits_NV.size(1) - vocab_size))
 
 
 def capped(logits_NV: Tensor, softcap: float) -> Tensor:
@@ -1135,7 +1181,7 @@ def log_total(z_NV: Tensor, softcap: float) -> Tensor:
 
 
 def pick(z_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return z_NV.gather(1, targets_N.long()[:, None])[:, 0]
+    return z_NV.gather(1, targets_N.long()[:, None])
 
 
 def pad_vocabulary(weight_VD: Tensor) -> Tensor:
@@ -1433,9 +1479,9 @@ def evaluate(
     Each token is predicted once, whatever the batch and the number of ranks. Touches no gradient,
     random generator or training data.
     """
-    rows_per_batch = args.val_batch_size // args.row_length
+    rows_per_batch = args.val_batch_size // args.max_val_length
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    rows_left, batch_index = args.val_tokens // args.row_length, 0
+    rows_left, batch_index = args.val_tokens // args.max_val_length, 0
     for rows in shards:
         usable = min(rows.num_rows, rows_left)
         rows_left -= usable
@@ -1869,9 +1915,10 @@ def memory_advice(args: Hyperparameters, knob: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        rows = getattr(args, knob) // args.row_length
+        row_length = args.max_val_length if knob == "val_batch_size" else args.row_length
+        rows = getattr(args, knob) // row_length
         smaller = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
-        advice = (f"try --{knob} {smaller * args.row_length}; the training stays the same"
+        advice = (f"try --{knob} {smaller * row_length}; the training stays the same"
                   if smaller else "this is one row: try a smaller --loss_chunk_size, or a smaller "
                   "model")
         raise RunError(f"out of GPU memory with --{knob} {getattr(args, knob)}; {advice}") from None

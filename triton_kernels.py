@@ -20,8 +20,9 @@ def _tanh(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _losses(
-    logits, targets, losses, log_totals, softcap: tl.constexpr, vocab_size: tl.constexpr,
-    row_stride: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+    logits, targets, offsets, losses, log_totals, softcap: tl.constexpr, vocab_size: tl.constexpr,
+    row_stride: tl.constexpr, HAS_OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """A program does a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -33,18 +34,26 @@ def _losses(
         x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
         # The cap bounds the sum, so that no pass for a maximum is needed.
         z = softcap * _tanh(x * (1 / softcap), INTERPRETED)
+        if HAS_OFFSETS:
+            z += tl.load(offsets + start + columns, mask=inside, other=0.0)
         total += tl.where(inside, tl.exp(z), 0.0)
     log_total = tl.log(tl.sum(total, 0))
-    x = tl.load(logits + tl.load(targets + row)).to(tl.float32)
-    tl.store(losses + row, log_total - softcap * _tanh(x * (1 / softcap), INTERPRETED))
+    target = tl.load(targets + row)
+    column = tl.maximum(target, 0)
+    loss = log_total - softcap * _tanh(tl.load(logits + column).to(tl.float32) * (1 / softcap),
+                                       INTERPRETED)
+    if HAS_OFFSETS:
+        loss -= tl.load(offsets + column)
+    tl.store(losses + row, tl.where(target < 0, 0.0, loss))
     tl.store(log_totals + row, log_total)
 
 
 @triton.jit
 def _gradients(
-    logits, targets, log_totals, grad, scale: tl.constexpr, softcap: tl.constexpr,
+    logits, targets, offsets, log_totals, grad, scale: tl.constexpr, softcap: tl.constexpr,
     vocab_size: tl.constexpr, num_rows: tl.constexpr, row_stride: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """A program does a tile. Offsets from the tile's corner fit 32 bits, which are faster."""
     first_row = tl.program_id(1).to(tl.int64) * ROWS
@@ -57,40 +66,43 @@ def _gradients(
     x = tl.load(logits + corner + offset, mask=inside, other=0.0).to(tl.float32)
     log_total = tl.load(log_totals + first_row + row, mask=is_row, other=0.0)
     target = tl.load(targets + first_row + row, mask=is_row, other=0)
+    if HAS_OFFSETS:
+        log_total -= tl.load(offsets + column, mask=column < vocab_size, other=0.0)
     t = _tanh(x * (1 / softcap), INTERPRETED)
     g = tl.exp(softcap * t - log_total) - tl.where(column == target, 1.0, 0.0)
-    g = tl.where(column < vocab_size, g * (1 - t * t) * scale, 0.0)
+    g = tl.where((column < vocab_size) & (target >= 0), g * (1 - t * t) * scale, 0.0)
     tl.store(grad + corner + offset, g.to(grad.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("speedrun::capped_cross_entropy", mutates_args=())
 def capped_cross_entropy(
-    logits_NV: Tensor, targets_N: Tensor, vocab_size: int, softcap: float, scale: float,
-    dtype: torch.dtype,
+    logits_NV: Tensor, targets_N: Tensor, offsets_V: Tensor | None, vocab_size: int,
+    softcap: float, scale: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropies (N,) of softcap * tanh(logits / softcap), and their gradients times `scale`.
 
     The logits have any float type; their columns from `vocab_size` on are padding, with gradient 0.
-    The softcap is 70 at most, so that exp(softcap) * vocab_size is a float32. Losses are float32,
-    gradients (N, V) of `dtype`. Reads the logits twice and writes the gradients once, in about a
-    third of the time that torch.compile takes for the plain twin, `cross_entropy`.
+    `offsets_V`, if any, float32, are added to the capped logits. A target of -1 has loss and
+    gradient 0. The softcap is 70 at most, so that exp(softcap) * vocab_size is a float32. Losses
+    are float32, gradients (N, V) of `dtype`. Reads the logits twice and writes the gradients once,
+    in about a third of the time that torch.compile takes for the plain twin, `cross_entropy`.
     """
     logits_NV = logits_NV.contiguous()
     num_rows, row_stride = logits_NV.shape
     losses, log_totals = (torch.empty_like(targets_N, dtype=torch.float32) for _ in range(2))
     _losses[(num_rows,)](
-        logits_NV, targets_N, losses, log_totals, softcap, vocab_size, row_stride, BLOCK=2048,
-        INTERPRETED=INTERPRETED, num_warps=4)
+        logits_NV, targets_N, offsets_V, losses, log_totals, softcap, vocab_size, row_stride,
+        offsets_V is not None, BLOCK=2048, INTERPRETED=INTERPRETED, num_warps=4)
     grad = torch.empty_like(logits_NV, dtype=dtype)
     ROWS = COLUMNS = 64
     _gradients[triton.cdiv(row_stride, COLUMNS), triton.cdiv(num_rows, ROWS)](
-        logits_NV, targets_N, log_totals, grad, scale, softcap, vocab_size, num_rows, row_stride,
-        ROWS, COLUMNS, INTERPRETED=INTERPRETED, num_warps=4)
+        logits_NV, targets_N, offsets_V, log_totals, grad, scale, softcap, vocab_size, num_rows,
+        row_stride, offsets_V is not None, ROWS, COLUMNS, INTERPRETED=INTERPRETED, num_warps=4)
     return losses, grad
 
 
 @capped_cross_entropy.register_fake
-def _(logits_NV, targets_N, vocab_size, softcap, scale, dtype):
+def _(logits_NV, targets_N, offsets_V, vocab_size, softcap, scale, dtype):
     losses = torch.empty_like(targets_N, dtype=torch.float32)
     return losses, logits_NV.new_empty(logits_NV.shape, dtype=dtype)
 

@@ -86,7 +86,8 @@ def advise(args: Hyperparameters, free: float) -> str:
     rows = args.common_rows // ranks
     for n in range(args.device_batch_size // args.row_length, 0, -1):
         size = n * args.row_length
-        val_size = min(size, args.val_batch_size)
+        val_rows = max(1, size // args.max_val_length)
+        val_size = min(val_rows * args.max_val_length, args.val_batch_size)
         smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=val_size)
         if rows % n == 0 and estimate_memory(smaller) < 0.9 * free:
             return f"--device_batch_size {size} --val_batch_size {val_size}"

@@ -109,6 +109,18 @@ def test_validation_rows_equal_a_plain_python_cut_whatever_the_document_limit(tm
         len(expected), cut(tokens, expected))
 
 
+def test_validation_rows_can_be_longer_than_training_rows(tmp_path):
+    path = write_shard(tmp_path / "shard.bin", STREAMS["documents of all sizes"])
+    tokens = flat_tokens(path)
+    args = data_args(val_row_length=160, val_batch_size=160, val_tokens=160)
+    expected = reference_validation_rows(tokens, 160)
+    assert all_rows(path, args, training=False) == (len(expected), cut(tokens, expected))
+    assert TokenRows(path, args, training=False).micro_batch(0, 1).max_length == 160
+    for training_args in (args, data_args()):
+        assert all_rows(path, training_args, training=True) == (
+            all_rows(path, data_args(), training=True))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_without_document_masking_rows_are_the_stream_cut_every_row_length(tmp_path, training):
     path = write_shard(tmp_path / "shard.bin", STREAMS["documents of all sizes"])

@@ -67,9 +67,9 @@ def row_batch(tokens, start, length):
 
 def naive_loss(args, tokens):
     model = build(args)
-    starts = range(0, args.val_tokens, args.row_length)
+    starts = range(0, args.val_tokens, args.max_val_length)
     with torch.no_grad():
-        losses = [model(row_batch(tokens, i, args.row_length), WINDOWS) for i in starts]
+        losses = [model(row_batch(tokens, i, args.max_val_length), WINDOWS) for i in starts]
     return sum(loss.item() for loss in losses) / args.val_tokens
 
 
@@ -78,6 +78,16 @@ def test_the_loss_is_the_mean_over_the_rows_of_the_stream(stream):
     for val_tokens in (64, 640):
         args = stream_args(stream, val_tokens=val_tokens)
         assert val_loss(ONE_RANK, args) == pytest.approx(naive_loss(args, tokens), rel=1e-6)
+
+
+def test_longer_rows_let_tokens_see_further_back(stream):
+    tokens, losses = random_tokens(2, 700), []
+    for val_row_length in (0, 128, 320):
+        args = stream_args(stream, val_tokens=640, val_batch_size=640,
+                           val_row_length=val_row_length)
+        losses.append(val_loss(ONE_RANK, args))
+        assert losses[-1] == pytest.approx(naive_loss(args, tokens), rel=1e-6)
+    assert len(set(losses)) == 3
 
 
 def test_the_loss_is_the_mean_over_documents_that_do_not_see_each_other(tmp_path):

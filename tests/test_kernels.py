@@ -28,17 +28,22 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [3.0, 15.0])
+@pytest.mark.parametrize("has_offsets", [False, True])
 @pytest.mark.parametrize("num_rows, vocab_size, padded",
                          [(1, 7, 7), (65, 130, 192), (3, 4100, 4160)])
-def test_the_losses_and_gradients_equal_the_twins(num_rows, vocab_size, padded, softcap, dtype):
+def test_the_losses_and_gradients_equal_the_twins(
+    num_rows, vocab_size, padded, has_offsets, softcap, dtype
+):
     logits = (6 * torch.randn(num_rows, padded, device=DEVICE)).to(dtype)
     targets = torch.randint(vocab_size, (num_rows,), device=DEVICE).int()
-    settings = vocab_size, softcap, 3.0, torch.float32
+    targets[1:2] = -1  # no target
+    offsets = 3 * torch.rand(vocab_size, device=DEVICE) if has_offsets else None
+    settings = offsets, vocab_size, softcap, 3.0, torch.float32
     losses, grad = triton_kernels.capped_cross_entropy(logits, targets, *settings)
     expected, expected_grad = train_gpt.cross_entropy(logits.clone(), targets, *settings)
     torch.testing.assert_close(losses, expected, atol=softcap * TOLERANCE, rtol=1e-5)
     assert relative_error(grad, expected_grad) < TOLERANCE
-    assert not grad[:, vocab_size:].any()
+    assert not grad[:, vocab_size:].any() and not grad[1:2].any() and not losses[1:2].any()
 
 
 @pytest.mark.parametrize("logit", [-1e4, 0.0, 1e4])
@@ -46,7 +51,7 @@ def test_neither_end_of_the_largest_cap_overflows(logit):
     logits = torch.full((2, 320), logit, device=DEVICE)
     targets = torch.tensor([0, 299], device=DEVICE).int()
     for function in (triton_kernels.capped_cross_entropy, train_gpt.cross_entropy):
-        losses, grad = function(logits.clone(), targets, 300, 70.0, 1.0, torch.float32)
+        losses, grad = function(logits.clone(), targets, None, 300, 70.0, 1.0, torch.float32)
         assert losses.tolist() == pytest.approx([math.log(300)] * 2, rel=1e-4)
         assert grad.isfinite().all()
 
@@ -55,9 +60,9 @@ def test_neither_end_of_the_largest_cap_overflows(logit):
 def test_gradients_in_8_bits_are_those_in_32_rounded():
     logits = 6 * torch.randn(40, 128, device=DEVICE)
     targets = torch.randint(100, (40,), device=DEVICE).int()
-    whole = triton_kernels.capped_cross_entropy(logits, targets, 100, 15.0, 2.0**15, torch.float32)
-    short = triton_kernels.capped_cross_entropy(
-        logits, targets, 100, 15.0, 2.0**15, torch.float8_e5m2)
+    whole, short = (
+        triton_kernels.capped_cross_entropy(logits, targets, None, 100, 15.0, 2.0**15, dtype)
+        for dtype in (torch.float32, torch.float8_e5m2))
     assert torch.equal(whole[0], short[0])
     assert torch.equal(whole[1].to(torch.float8_e5m2).float(), short[1].float())
     assert 0 < relative_error(short[1].float(), whole[1]) < 0.1

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from conftest import CPU, baseline_args, build, random_batch, tiny_args, wake_up
 
 import train_gpt
-from train_gpt import GPT, MicroBatch, Rotary, RunError, linear_cross_entropy, sdpa_attention
+from train_gpt import (
+    GPT,
+    MicroBatch,
+    Rotary,
+    RunError,
+    linear_cross_entropy,
+    sample_vocabulary,
+    sdpa_attention,
+)
 
 NO_WINDOWS = (0, 0)
 LENGTHS = [20, 1, 43, 3, 50, 11]  # of the documents in two rows of 64
@@ -334,6 +342,74 @@ def test_equal_logits_lose_the_log_of_the_vocabulary_whatever_the_cap(softcap):
     x, weight = torch.zeros(3, 8), torch.randn(50_257, 8)
     loss = our_cross_entropy(x, weight, torch.arange(3).int(), softcap, 2)
     assert loss.item() / 3 == pytest.approx(math.log(50_257), rel=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# A sample of the vocabulary in the training loss
+
+
+def test_a_sample_holds_every_target_once_and_stands_for_the_whole_vocabulary():
+    targets = torch.tensor([5, 9, 5, 290, 0]).int()
+    drawn = set()
+    for _ in range(600):
+        tokens, offsets, places = sample_vocabulary(targets, 300, 12)
+        assert len(set(tokens.tolist())) == 12 and places.dtype == torch.int32
+        assert torch.equal(tokens[places.long()], targets.long())
+        is_target = torch.isin(tokens, targets)
+        assert is_target.sum() == 4 and (offsets[is_target] == 0).all()
+        torch.testing.assert_close(offsets[~is_target].exp(), torch.full((8,), 296 / 8))
+        drawn |= set(tokens.tolist())
+    assert drawn == set(range(300))
+
+
+def test_the_expected_sum_over_a_sample_is_the_sum_over_the_vocabulary():
+    exp_logits, targets = torch.rand(300) * 5, torch.tensor([3, 4]).int()
+    sums = []
+    for _ in range(2_000):
+        tokens, offsets, _ = sample_vocabulary(targets, 300, 100)
+        sums.append((exp_logits[tokens] * offsets.exp()).sum())
+    assert torch.stack(sums).mean().item() == pytest.approx(exp_logits.sum().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("chunk_size", [7, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_a_sampled_loss_is_the_cross_entropy_over_the_sample(softcap, chunk_size):
+    x, weight = 4 * torch.randn(40, 16), torch.randn(91, 16)
+    targets = torch.randint(91, (40,)).int()
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    with torch.random.fork_rng():
+        tokens, offsets, places = sample_vocabulary(targets, 91, 60)
+    logits = x.double() @ weight.double()[tokens].T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = F.cross_entropy(logits + offsets, places.long(), reduction="sum")
+    expected = [expected.detach(), *torch.autograd.grad(expected, leaves)]
+    loss = our_cross_entropy(*leaves, targets, softcap, chunk_size, sampled_vocab=60)
+    for got, wanted in zip([loss.detach(), *torch.autograd.grad(loss, leaves)], expected,
+                           strict=True):
+        torch.testing.assert_close(got.double(), wanted.double(), atol=5e-5, rtol=1e-5)
+    with torch.no_grad():  # validation compares with the whole vocabulary
+        values = [our_cross_entropy(x, weight, targets, softcap, chunk_size, sampled_vocab=n)
+                  for n in (0, 60)]
+    assert values[0] == values[1]
+
+
+def test_a_sample_as_large_as_the_vocabulary_is_the_vocabulary():
+    x, weight = torch.randn(20, 8), torch.randn(50, 8)
+    targets = torch.randint(50, (20,)).int()
+    whole, *same = (our_cross_entropy(x.clone().requires_grad_(), weight, targets, 15.0, 20,
+                                      sampled_vocab=n).item() for n in (0, 50, 70))
+    assert same == [whole, whole]
+
+
+def test_targets_that_find_no_place_in_a_sample_have_neither_loss_nor_gradient():
+    x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(99, 8)
+    targets = torch.arange(30).int()
+    with torch.random.fork_rng():
+        places = sample_vocabulary(targets, 99, 20)[2]
+    assert (places < 0).sum() == 10
+    loss = our_cross_entropy(x, weight, targets, 15.0, 30, sampled_vocab=20)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert loss.isfinite() and torch.equal(grad.any(-1), places >= 0)
 
 
 def test_the_model_returns_the_sum_over_all_tokens():
