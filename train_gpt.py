@@ -119,6 +119,7 @@ class Hyperparameters:
     residual_dtype: str = "bfloat16"  # of the residual stream
     loss_chunk_size: int = 8_192  # tokens whose logits exist at the same time
     sampled_vocab: int = 0  # tokens that training compares with: the targets, and a sample; 0: all
+    whole_vocab_frac: float = 0.0  # share of the steps, at the end, that compare with all after all
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
     fp8_blocks: bool = False  # and in the blocks', but for attention's output and weight gradients
@@ -196,7 +197,7 @@ RECORD = dict(
     key_offset=True, bigram_rows=5 * 50_304, matrix_lr=0.02, embed_lr=0.12, bigram_lr=0.25,
     head_lr=0.0033, scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6,
     adam_beta2=0.99, train_steps=4_600, loss_chunk_size=16_384, sampled_vocab=16_000,
-    fp8_head=True, fp8_blocks=True, triton_kernels=True,
+    whole_vocab_frac=0.1, fp8_head=True, fp8_blocks=True, triton_kernels=True,
 )
 
 # Small enough for two cores of a CPU and some minutes.
@@ -352,7 +353,8 @@ def find_problem(args: Hyperparameters) -> str | None:
             return f"--{name} must be a number, got {value}"
     if not 0 <= args.seed < 2**63:
         return f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
-    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction"):
+    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction",
+                 "whole_vocab_frac"):
         if not 0 <= getattr(args, name) <= 1:
             return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
     if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
@@ -1031,10 +1033,11 @@ class GPT(nn.Module):
             else:
                 raise RunError(f"parameter {name} is not initialised: add it to reset_parameters")
 
-    def forward(self, batch: MicroBatch, windows: tuple[int, int]) -> Tensor:
+    def forward(self, batch: MicroBatch, windows: tuple[int, int], sampled: bool = False) -> Tensor:
         """Sum of the cross entropies of all tokens, nats, float32.
 
         `windows`: tokens that (short-window, long-window) layers look back, 0 for no limit.
+        `sampled`: compare with a sample of the vocabulary, which `args` give the size of.
         """
         args = self.args
         inputs_BT = batch.inputs_BT
@@ -1061,20 +1064,21 @@ class GPT(nn.Module):
                 skips.append(x)
         x = norm(x, args.norm_eps).to(self.dtype)
         head = self.embed.weight if self.head is None else self.head
-        return linear_cross_entropy(x.flatten(0, 1), head, batch.targets_BT.flatten(), args)
+        offsets_V, targets_N = None, batch.targets_BT.flatten()
+        if sampled:
+            tokens, offsets_V, targets_N = sample_vocabulary(
+                targets_N, args.vocab_size, args.sampled_vocab)
+            head = head.index_select(0, tokens)
+        return linear_cross_entropy(x.flatten(0, 1), head, targets_N, offsets_V, args)
 
 
-def linear_cross_entropy(x_ND, weight_VD, targets_N, args: Hyperparameters) -> Tensor:
+def linear_cross_entropy(x_ND, weight_VD, targets_N, offsets_V, args: Hyperparameters) -> Tensor:
     """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
 
-    With `fp8_head`, x has to be RMS-normalised. Validation does without 8-bit floats and samples.
+    `offsets_V`, if not None, are added to the (capped) logits; a target of -1 counts for nothing.
+    With `fp8_head`, x has to be RMS-normalised. Validation does without 8-bit floats.
     """
     if torch.is_grad_enabled():
-        offsets_V = None
-        if 0 < args.sampled_vocab < len(weight_VD):
-            tokens, offsets_V, targets_N = sample_vocabulary(
-                targets_N, len(weight_VD), args.sampled_vocab)
-            weight_VD = weight_VD.index_select(0, tokens)
         return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, offsets_V, args)
     weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
@@ -1444,6 +1448,15 @@ def muon_momentum(step: int, args: Hyperparameters) -> float:
     """Muon's momentum at this step: from 0.85 to its final value over the first fifth."""
     done = min(1.0, step / max(1, args.train_steps / 5))
     return 0.85 + done * (args.muon_momentum - 0.85)
+
+
+def samples_vocabulary(step: int, args: Hyperparameters) -> bool:
+    """Whether this step compares with a sample of the vocabulary, and not with all of it.
+
+    Samples leave rare tokens somewhat too likely, which few steps with all tokens mend.
+    """
+    return (0 < args.sampled_vocab < args.vocab_size
+            and step < round((1 - args.whole_vocab_frac) * args.train_steps))
 
 
 def attention_windows(step: int, args: Hyperparameters) -> tuple[int, int]:
@@ -1860,13 +1873,13 @@ def train_step(
 ) -> Tensor:
     """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
     set_schedules(optimizers, step, args)
-    windows = attention_windows(step, args)
+    windows, sampled = attention_windows(step, args), samples_vocabulary(step, args)
     total = torch.zeros((), device=ranks.device)
     for batch in batches:
         # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
         # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
-            loss = model(batch.to(ranks.device), windows)
+            loss = model(batch.to(ranks.device), windows, sampled)
             loss.backward()
         total += loss.detach()
     for optimizer in optimizers:
@@ -1886,8 +1899,11 @@ def warm_up(
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
-        # The second windows make the compiler treat windows as variable from then on.
-        for step in (0, args.train_steps - 1):
+        # The second windows make the compiler treat windows as variable from then on. Steps with
+        # a sample of the vocabulary have a graph of their own, and come before those without.
+        last = args.train_steps - 1
+        sampled_steps = sum(samples_vocabulary(step, args) for step in range(args.train_steps))
+        for step in sorted({0, max(0, sampled_steps - 1), min(sampled_steps, last), last}):
             with torch.no_grad(), memory_advice(args, "val_batch_size"):
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
             micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)

@@ -241,11 +241,11 @@ class Recorder:
     def __init__(self, model):
         self.model, self.calls = model, []
 
-    def __call__(self, batch, windows):
-        kind = "train" if torch.is_grad_enabled() else "val"
+    def __call__(self, batch, windows, sampled=False):
+        kind = "val" if not torch.is_grad_enabled() else "sampled" if sampled else "train"
         self.calls.append((kind, tuple(batch.inputs_BT.shape), batch.max_length, windows))
         assert batch.inputs_BT.max() < self.model.args.vocab_size
-        return self.model(batch, windows)
+        return self.model(batch, windows, sampled)
 
 
 def test_the_warm_up_runs_the_shapes_and_windows_of_training_and_validation():
@@ -260,3 +260,15 @@ def test_the_warm_up_runs_the_shapes_and_windows_of_training_and_validation():
         assert ("train", (4, 64), 24, windows) in calls
         assert ("val", (3, 64), 64, windows) in calls
     assert len(recorder.calls) == 2 * (1 + 2)
+
+
+@pytest.mark.parametrize("whole_vocab_frac, kinds", [
+    (0.0, {"val", "sampled"}), (0.25, {"val", "sampled", "train"}), (1.0, {"val", "train"})])
+def test_the_warm_up_runs_each_graph_with_two_windows(whole_vocab_frac, kinds):
+    args = warm_args(train_steps=12, window_start=128, window_end=1280, sampled_vocab=100,
+                     whole_vocab_frac=whole_vocab_frac)
+    recorder = Recorder(model := build(args))
+    warm_up(model, recorder, build_optimizers(model, args), args, ONE_RANK)
+    windows = {kind: {call[3] for call in recorder.calls if call[0] == kind} for kind in kinds}
+    assert {kind for kind, *_ in recorder.calls} == kinds
+    assert all(len(some) >= 2 for some in windows.values())

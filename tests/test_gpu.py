@@ -87,6 +87,11 @@ def train_some_steps(compile: bool, steps: int = 6, **switches) -> list[float]:
     return losses
 
 
+def test_sampling_the_vocabulary_compiles_nothing_after_the_warm_up():
+    losses = train_some_steps(True, sampled_vocab=640, whole_vocab_frac=0.5, **EIGHT_BITS)
+    assert losses[-1] < losses[0] - 0.5
+
+
 @pytest.mark.parametrize("switches", [{}, NEWER, EIGHT_BITS], ids=["modern", "newer", "8bit"])
 def test_compiled_training_equals_eager_training_and_compiles_nothing_after_the_warm_up(switches):
     compiled, eager = (train_some_steps(compile, **switches) for compile in (True, False))

@@ -34,9 +34,10 @@ OTHER = dict(
     muon_nesterov="false", muon_iteration="newton-schulz", adam_beta1="0.7", adam_beta2="0.99",
     adam_eps="1e-7", weight_decay="0.01", train_steps="9", warmup_frac="0.1", cooldown_frac="0.2",
     final_lr_frac="0.3", dtype="bfloat16", residual_dtype="bfloat16", loss_chunk_size="32",
-    sampled_vocab="30000", attention="sdpa", fp8_head="true", fp8_blocks="true",
-    triton_kernels="true", compile="true", kernel_warmup="true", val_loss_every="3", log_every="7",
-    log_dir="there", log_wandb="true", wandb_project="project", wandb_name="name",
+    sampled_vocab="30000", whole_vocab_frac="0.1", attention="sdpa", fp8_head="true",
+    fp8_blocks="true", triton_kernels="true", compile="true", kernel_warmup="true",
+    val_loss_every="3", log_every="7", log_dir="there", log_wandb="true", wandb_project="project",
+    wandb_name="name",
 )
 
 
@@ -314,6 +315,7 @@ WRONG_SIZES = [
     ("--cooldown_frac nan", ["--cooldown_frac", "nan"]),
     ("--final_lr_frac 2", ["--final_lr_frac", "2"]),
     ("--rotary_fraction 1.5", ["--rotary_fraction", "1.5"]),
+    ("--whole_vocab_frac -0.5", ["--whole_vocab_frac", "-0.5"]),
     ("--logit_softcap 71", ["--logit_softcap", "at most 70"]),
     ("--seed -1", ["--seed", "between 0"]),
     ("--target nan", ["--target", "nan"]),

@@ -236,8 +236,8 @@ def test_a_parameter_that_forward_does_not_use_is_named_before_anything_is_hidde
 
 def test_an_added_parameter_is_optimised_too():
     class Scaled(Extended):
-        def forward(self, batch, windows):
-            return super().forward(batch, windows) * self.unused.mean()
+        def forward(self, *args):
+            return super().forward(*args) * self.unused.mean()
 
     args = tiny_args(**LRS)
     model = Scaled(args)
