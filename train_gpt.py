@@ -1096,7 +1096,8 @@ def sample_vocabulary(targets_N, vocab_size: int, size: int) -> tuple[Tensor, Te
     places among the tokens (int32); where there are more targets than places, some get -1. Each
     drawn token stands for as many others as were left out for it, so that the sum of all
     exp(logits) is expected to be that over the vocabulary. After Jean et al. 2015, who drew from
-    the targets of a part of the data.
+    the targets of a part of the data. Every micro-batch draws its own, so that the size of
+    micro-batches and the number of ranks change what is drawn, though not what is expected.
     """
     is_target = torch.zeros(vocab_size, device=targets_N.device)
     is_target = is_target.index_fill(0, targets_N.long(), 1.0)
