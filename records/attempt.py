@@ -50,7 +50,7 @@ def run_all(
     def run(seed: int) -> Path | None:
         gpu, run_id = free.get(), f"{name}-seed{seed}"
         command = ["./run.sh", "train", *options, "--seed", str(seed), "--run_id", run_id,
-                   "--log_dir", str(log_dir)]
+                   "--log_dir", os.path.relpath(log_dir, ROOT)]  # the log names nobody's home
         try:
             if gpu is None:
                 print(f"--- seed {seed}: {' '.join(command)}", flush=True)

@@ -53,6 +53,7 @@ def test_each_run_has_its_seed_and_its_log(checkout, two_runs):
     for seed in (5, 6):
         log = (checkout / "logs" / f"two-seed{seed}.txt").read_text()
         assert f"\nhyperparameter seed: {seed}\n" in log and "\nstep:2/2 val_loss:" in log
+        assert "\nhyperparameter log_dir: logs\n" in log  # and not where this person's folder is
 
 
 def test_the_rules_are_checked_and_the_status_says_that_it_is_no_record(two_runs):
