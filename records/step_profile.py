@@ -258,13 +258,14 @@ def profile_stage(
         yield "The profiler saw nothing run; another profiler may be at work on this machine."
         return
     limits = Limits(own.rate * 1e12, own.bandwidth * 1e12) if on_gpu else None
-    head = min(args.sampled_vocab or args.vocab_size, args.vocab_size) * args.model_dim
+    sampled = args.sampled_vocab if train_gpt.samples_vocabulary(step, args) else 0
+    head = (sampled or args.vocab_size) * args.model_dim
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
     attention = [attention_flops(model, some, windows) for some in profiled[-PROFILED:]]
     flops = {BLOCKS: 6 * blocks * size, HEAD: 6 * head * size,
              step_trace.ATTENTION: statistics.fmean(attention)}
     sizes = Sizes(args.vocab_size, args.model_dim, args.bigram_rows, args.device_batch_size,
-                  args.sampled_vocab)
+                  sampled)
     # The profiler slows a CPU's own work; a GPU's kernels take as long as without it.
     span = (max(k.end for k in kernels) - min(k.start for k in kernels)) / PROFILED / 1000
     yield part_table(kernels, sizes, PROFILED, ms if on_gpu else span, limits, flops)

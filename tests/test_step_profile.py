@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -428,6 +429,15 @@ def test_without_shards_the_tokens_are_made_up_and_the_report_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "random tokens for want of shards in none" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_head_counts_the_tokens_that_the_step_compares_with(tmp_path):
+    done = profile(*SMALL, "--vocab_size", "256", "--sampled_vocab", "200", "--whole_vocab_frac",
+                   "0.5", "--data_path", "none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    blocks = 2 * 12 * 32**2
+    weights = re.findall(r"6 x ([\d,]+) active weights", done.stdout)
+    assert weights == [f"{blocks + 32 * tokens:,}" for tokens in (200, 256)]
 
 
 @pytest.mark.parametrize("argv, env, status, message", [
