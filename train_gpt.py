@@ -1076,8 +1076,9 @@ class GPT(nn.Module):
 def linear_cross_entropy(x_ND, weight_VD, targets_N, offsets_V, args: Hyperparameters) -> Tensor:
     """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
 
-    `offsets_V`, if not None, are added to the (capped) logits; a target of -1 counts for nothing.
-    With `fp8_head`, x has to be RMS-normalised. Validation does without 8-bit floats.
+    In training, `offsets_V`, if not None, are added to the (capped) logits, and a target of -1
+    counts for nothing. With `fp8_head`, x has to be RMS-normalised. Validation, which is what runs
+    without gradients, does without offsets and without 8-bit floats.
     """
     if torch.is_grad_enabled():
         return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, offsets_V, args)
