@@ -73,12 +73,13 @@ class Hyperparameters:
     # Model
     vocab_size: int = 50_257  # tokens
     num_layers: int = 12  # blocks
-    num_heads: int = 6  # attention heads; head_dim = model_dim / num_heads
+    num_heads: int = 6  # attention heads
+    attention_dim: int = 0  # width of queries, keys and values, of all heads; 0: model_dim
     model_dim: int = 768  # width of the residual stream
     mlp_ratio: int = 4  # MLP width / model_dim
     activation: str = "relu2"  # relu2 or gelu
     qk_norm: bool = True  # RMS-normalise queries and keys
-    attention_scale: float = 0.12  # softmax scale; 0: 1/sqrt(head_dim)
+    attention_scale: float = 0.12  # softmax scale; 0: 1/sqrt(width of a head)
     attention_output_scale: float = 1.0  # factor on what attention adds to the residual
     rotary_base: float = 1_024.0  # longest wavelength / 2 pi, tokens
     rotary_fraction: float = 0.5  # share of the head's dimensions that rotate
@@ -86,6 +87,7 @@ class Hyperparameters:
     norm_embed: bool = True  # RMS-normalise the token embedding
     tied_head: bool = False  # the head shares the token embedding's weight
     logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap); 0: off
+    unigram_power: float = 0.0  # added to logits: log of each token's frequency, times this
     key_offset: bool = False  # long windows: a key's unrotated part is that of the token before
     bigram_rows: int = 0  # rows of a table of hashed token pairs that each block adds; 0: off
     value_embeddings: int = 3  # tables added to the values of the first and the last layers
@@ -136,7 +138,7 @@ class Hyperparameters:
 
     @property
     def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
+        return (self.attention_dim or self.model_dim) // self.num_heads
 
     @property
     def stage_batch_sizes(self) -> list[int]:
@@ -322,12 +324,12 @@ def find_problem(args: Hyperparameters) -> str | None:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
     for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start",
-                 "logit_softcap", "sampled_vocab"):
+                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
     if args.logit_softcap > 70:  # exp(cap) * vocab_size has to be a float32
         return f"--logit_softcap must be at most 70, got {args.logit_softcap}"
-    for name in ("model_dim", "row_length", "loss_chunk_size"):
+    for name in ("model_dim", "attention_dim", "row_length", "loss_chunk_size"):
         if (args.fp8_head or args.fp8_blocks) and getattr(args, name) % 16:
             return (f"--{name} must be a multiple of 16 with --fp8_head or --fp8_blocks, got "
                     f"{getattr(args, name)}")
@@ -343,8 +345,9 @@ def find_problem(args: Hyperparameters) -> str | None:
         if size < 1 or size % args.row_length:
             return (f"--batch_size and --batch_stages must be multiples of --row_length "
                     f"{args.row_length}, got {size}")
-    if args.model_dim % args.num_heads or args.head_dim % 4:
-        return (f"--model_dim {args.model_dim} must be --num_heads {args.num_heads} times a "
+    width = "attention_dim" if args.attention_dim else "model_dim"
+    if getattr(args, width) % args.num_heads or args.head_dim % 4:
+        return (f"--{width} {getattr(args, width)} must be --num_heads {args.num_heads} times a "
                 f"multiple of 4")
     if 2 * args.value_embeddings > args.num_layers:
         return (f"--value_embeddings {args.value_embeddings} tables serve two layers each, "
@@ -407,6 +410,16 @@ def check_shard(path: Path) -> int:
     if header[2] < 2:
         raise RunError(f"{path} is empty")
     return int(header[2])
+
+
+def log_frequencies(path: Path, vocab_size: int) -> Tensor:
+    """Log of each token's share, (vocab_size,), float32, of the first 10M tokens of a shard.
+
+    One is added to each count, so that a token that is not there is rare rather than impossible.
+    """
+    tokens = np.fromfile(path, dtype="<u2", count=10_000_000, offset=4 * SHARD_HEADER_INTS)
+    counts = 1 + np.bincount(tokens, minlength=vocab_size)
+    return torch.from_numpy(np.log(counts / counts.sum())).float()
 
 
 class MicroBatch(NamedTuple):
@@ -902,8 +915,9 @@ class CausalSelfAttention(nn.Module):
         self.num_heads, self.qk_norm, self.eps = args.num_heads, args.qk_norm, args.norm_eps
         self.scale = args.attention_scale or args.head_dim**-0.5
         self.attention = attention
-        self.qkv = nn.Parameter(torch.empty(3, args.model_dim, args.model_dim))
-        self.projection = nn.Parameter(torch.empty(args.model_dim, args.model_dim))
+        width = args.num_heads * args.head_dim
+        self.qkv = nn.Parameter(torch.empty(3, width, args.model_dim))
+        self.projection = nn.Parameter(torch.empty(args.model_dim, width))
         if has_value_embedding:
             self.value_lambdas = nn.Parameter(torch.empty(2))
 
@@ -923,7 +937,7 @@ class CausalSelfAttention(nn.Module):
             lambdas = self.value_lambdas
             v = lambdas[0] * v + lambdas[1] * value_embedding_BTD.view_as(v)
         y = self.attention(q, k, v, batch, window, self.scale)
-        return linear(y.reshape(B, T, D), self.projection)
+        return linear(y.flatten(-2), self.projection)
 
 
 class MLP(nn.Module):
@@ -989,7 +1003,7 @@ class GPT(nn.Module):
         L, n = args.num_layers, args.value_embeddings
         self.embed = nn.Embedding(args.vocab_size, args.model_dim)
         self.value_embeds = nn.ModuleList(
-            nn.Embedding(args.vocab_size, args.model_dim) for _ in range(n)
+            nn.Embedding(args.vocab_size, args.num_heads * args.head_dim) for _ in range(n)
         )
         self.bigram_embed = None
         if args.bigram_rows:
@@ -1005,6 +1019,8 @@ class GPT(nn.Module):
         self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if has_skips else None
         head_shape = args.vocab_size, args.model_dim
         self.head = None if args.tied_head else nn.Parameter(torch.empty(head_shape))
+        bias = torch.zeros(args.vocab_size) if args.unigram_power else None
+        self.register_buffer("logit_bias", bias)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -1065,20 +1081,22 @@ class GPT(nn.Module):
                 skips.append(x)
         x = norm(x, args.norm_eps).to(self.dtype)
         head = self.embed.weight if self.head is None else self.head
-        offsets_V, targets_N = None, batch.targets_BT.flatten()
+        offsets_V, targets_N = self.logit_bias, batch.targets_BT.flatten()
         if sampled:
             tokens, offsets_V, targets_N = sample_vocabulary(
                 targets_N, args.vocab_size, args.sampled_vocab)
             head = head.index_select(0, tokens)
+            if self.logit_bias is not None:
+                offsets_V = offsets_V + self.logit_bias[tokens]
         return linear_cross_entropy(x.flatten(0, 1), head, targets_N, offsets_V, args)
 
 
 def linear_cross_entropy(x_ND, weight_VD, targets_N, offsets_V, args: Hyperparameters) -> Tensor:
     """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
 
-    In training, `offsets_V`, if not None, are added to the (capped) logits, and a target of -1
-    counts for nothing. With `fp8_head`, x has to be RMS-normalised. Validation, which is what runs
-    without gradients, does without offsets and without 8-bit floats.
+    `offsets_V`, if not None, are added to the (capped) logits. In training, a target of -1 counts
+    for nothing; with `fp8_head`, x has to be RMS-normalised. Validation, which is what runs without
+    gradients, does without 8-bit floats.
     """
     if torch.is_grad_enabled():
         return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, offsets_V, args)
@@ -1086,6 +1104,7 @@ def linear_cross_entropy(x_ND, weight_VD, targets_N, offsets_V, args: Hyperparam
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     for x, targets in split(args.loss_chunk_size, x_ND, targets_N):
         logits = capped(product(x, weight, x.dtype)[:, : len(weight_VD)], args.logit_softcap)
+        logits = logits if offsets_V is None else logits + offsets_V
         total = total + (log_total(logits, args.logit_softcap) - pick(logits, targets)).sum()
     return total
 
@@ -1975,6 +1994,9 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
     clock = Clock(ranks.device)
     progress = Progress(args, ranks, log, clock, wandb)
     clock.start()
+    if args.unigram_power:  # what the model starts from is training data, so it is on the clock
+        bias = args.unigram_power * log_frequencies(train_shards[0].path, args.vocab_size)
+        model.logit_bias.copy_(bias)
     for step in range(args.train_steps + 1):
         is_last = step == args.train_steps
         if is_last or (args.val_loss_every and step % args.val_loss_every == 0):

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     CPU,
     ONE_RANK,
@@ -19,7 +20,15 @@ from conftest import (
 )
 
 import train_gpt
-from train_gpt import Ranks, RunError, TokenRows, plan_data, prefetch, train_batches
+from train_gpt import (
+    Ranks,
+    RunError,
+    TokenRows,
+    log_frequencies,
+    plan_data,
+    prefetch,
+    train_batches,
+)
 
 STREAMS = {
     "documents of all sizes": random_documents(0, 120, 90),
@@ -38,6 +47,14 @@ def data_args(**overrides):
 
 def flat_tokens(path) -> list[int]:
     return np.fromfile(path, dtype="<u2", offset=1024).tolist()
+
+
+def test_frequencies_are_shares_of_the_tokens_and_no_token_is_impossible(tmp_path):
+    tokens = [START, 7, 7, 7, 2]
+    shares = log_frequencies(write_tokens(tmp_path / "a.bin", tokens), 50_257).exp() * (5 + 50_257)
+    assert shares.shape == (50_257,) and shares.dtype == torch.float32
+    for token, count in ((START, 2), (7, 4), (2, 2), (0, 1)):
+        assert shares[token].item() == pytest.approx(count, rel=1e-5)
 
 
 def sequences_of(batch) -> list[tuple[list[int], list[int]]]:

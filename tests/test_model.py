@@ -414,6 +414,24 @@ def test_a_sample_of_all_tokens_is_the_vocabulary():
     torch.testing.assert_close(model(batch, NO_WINDOWS, sampled=True), model(batch, NO_WINDOWS))
 
 
+@pytest.mark.parametrize("size", [130, 256])
+def test_a_logit_bias_is_added_after_the_cap_in_training_sampling_and_validation(size):
+    args = tiny_args(unigram_power=0.5, sampled_vocab=size)
+    model, batch = build(args), random_batch(args)
+    bias = 3 * torch.randn(args.vocab_size)
+    model.logit_bias.copy_(bias)
+    model.head.data.zero_()  # so that the bias alone decides
+    expected = -bias.log_softmax(0)[batch.targets_BT.long()].sum()
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch, NO_WINDOWS), expected)
+    torch.testing.assert_close(model(batch, NO_WINDOWS), expected)
+    if size == args.vocab_size:
+        torch.testing.assert_close(model(batch, NO_WINDOWS, sampled=True), expected)
+        return
+    losses = [model(batch, NO_WINDOWS, sampled=True).detach() for _ in range(300)]
+    assert torch.stack(losses).mean().item() == pytest.approx(expected.item(), rel=0.01)
+
+
 def test_the_model_returns_the_sum_over_all_tokens():
     args = tiny_args()
     model = build(args)
@@ -486,6 +504,7 @@ SWITCHES = [
     dict(embed_shortcut=False),
     dict(mlp_ratio=2),
     dict(num_heads=1),
+    dict(num_heads=3, attention_dim=24),
     dict(num_layers=5),
     dict(num_layers=1, value_embeddings=0),
 ]
