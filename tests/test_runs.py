@@ -151,13 +151,24 @@ def test_the_log_has_the_source_of_the_kernels_too_if_they_are_used():
 
 
 def test_the_record_recipe_made_tiny_trains_here_and_says_what_is_off(tmp_path):
-    run = run_main(tmp_path, "--recipe", "sample-record", "--train_steps", "20")
+    on = [f"--{name}" for name in ("fp8_head", "fp8_blocks", "triton_kernels")]
+    run = run_main(tmp_path, "--recipe", "sample-record", "--train_steps", "20", *on)
     assert run.status == 0, run.err
     losses = [loss for _, loss in run.val_losses]
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.1
     for switch in ("fp8_head", "fp8_blocks", "triton_kernels"):
         assert f"--{switch} is off here: " in run.out and f"--{switch} is off here: " in run.log
         assert f"hyperparameter {switch}: False" in run.log
+
+
+@pytest.mark.parametrize("options", [[], ["--kernel_warmup", "true"], ["--sampled_vocab", "2000"]])
+def test_a_model_starts_from_the_frequencies_of_its_training_tokens(tmp_path, options):
+    run = run_main(tmp_path, "--unigram_power", "1", "--train_steps", "1", *options)
+    train, val = (np.fromfile(next(SAMPLE.glob(f"*_{kind}_*.bin")), "<u2", offset=1024)
+                  for kind in ("train", "val"))
+    counts = np.bincount(train[:10_000_000], minlength=50_257) + 1
+    expected = np.log(counts.sum() / counts[val[1:513]]).mean()
+    assert run.val_losses[0] == (0, pytest.approx(expected, abs=1e-5))
 
 
 def test_the_log_names_versions_machine_and_commit(tiny):
