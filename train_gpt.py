@@ -81,6 +81,7 @@ class Hyperparameters:
     qk_norm: bool = True  # RMS-normalise queries and keys
     attention_scale: float = 0.12  # softmax scale; 0: 1/sqrt(width of a head)
     attention_output_scale: float = 1.0  # factor on what attention adds to the residual
+    attention_gate: bool = False  # each token scales each head's output, by 0 to 2
     rotary_base: float = 1_024.0  # longest wavelength / 2 pi, tokens
     rotary_fraction: float = 0.5  # share of the head's dimensions that rotate
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
@@ -93,6 +94,7 @@ class Hyperparameters:
     value_embeddings: int = 3  # tables added to the values of the first and the last layers
     skip_connections: bool = True  # U-net: outputs of the first half added in the second half
     embed_shortcut: bool = True  # each block mixes the token embedding back in
+    output_mixing: bool = False  # each token adds its own shares of earlier outputs to the last one
     zero_init_projections: bool = True  # attention and MLP outputs and an untied head start at 0
     window_start: int = 256  # tokens that long-window layers look back at the start; 0: no limit
     window_end: int = 1_792  # the same at the end; short-window layers look back half as far
@@ -101,8 +103,8 @@ class Hyperparameters:
     matrix_lr: float = 0.05  # of the hidden matrices
     embed_lr: float = 0.3  # of the token and value embeddings
     bigram_lr: float = 0.6  # of the bigram table
-    head_lr: float = 0.008  # of an untied head
-    scalar_lr: float = 0.04  # of the learned scalars
+    head_lr: float = 0.008  # of an untied head and of the output mixing
+    scalar_lr: float = 0.04  # of the learned scalars and gates
     muon_momentum: float = 0.95  # reached from 0.85 over the first fifth of the run
     muon_beta2: float = 0.0  # decay of NorMuon's mean squares of each row; 0: plain Muon
     muon_nesterov: bool = True  # look one step ahead along the momentum
@@ -921,6 +923,9 @@ class CausalSelfAttention(nn.Module):
         self.projection = nn.Parameter(torch.empty(args.model_dim, width))
         if has_value_embedding:
             self.value_lambdas = nn.Parameter(torch.empty(2))
+        self.gate = None
+        if args.attention_gate:  # a few dimensions suffice to decide
+            self.gate = nn.Parameter(torch.empty(args.num_heads, min(12, args.model_dim)))
 
     def forward(self, x_BTD, rotary, batch, window, value_embedding_BTD, is_first_BT) -> Tensor:
         B, T, D = x_BTD.shape
@@ -938,6 +943,10 @@ class CausalSelfAttention(nn.Module):
             lambdas = self.value_lambdas
             v = lambdas[0] * v + lambdas[1] * value_embedding_BTD.view_as(v)
         y = self.attention(q, k, v, batch, window, self.scale)
+        if self.gate is not None:  # lets a head keep silent (@classiclarryd)
+            some = x_BTD[..., : self.gate.size(1)].float()
+            gate_BTH = 2 * torch.sigmoid(F.linear(some, self.gate))
+            y = y * gate_BTH[..., None].type_as(y)
         return linear(y.flatten(-2), self.projection)
 
 
@@ -1016,6 +1025,11 @@ class GPT(nn.Module):
             for i in range(L)
         )
         self.rotary = Rotary(args)
+        self.mixed = set()  # blocks whose outputs are mixed into the last one's
+        if args.output_mixing:
+            self.mixed = {1, L // 2 - 1, L - 3} & set(range(L - 1))
+            self.mixing_up = nn.Parameter(torch.empty(64, args.model_dim))
+            self.mixing_down = nn.Parameter(torch.empty(1 + len(self.mixed), 64))
         has_skips = args.skip_connections and L > 1
         self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if has_skips else None
         head_shape = args.vocab_size, args.model_dim
@@ -1023,6 +1037,12 @@ class GPT(nn.Module):
         bias = torch.zeros(args.vocab_size) if args.unigram_power else None
         self.register_buffer("logit_bias", bias)
         self.reset_parameters()
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights of the matrix products of each token, without the head's."""
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if p.ndim > 1 and name != "head" and "embed" not in name)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -1038,7 +1058,7 @@ class GPT(nn.Module):
                 p.uniform_(-fan_in_bound, fan_in_bound)
             elif name == "embed.weight" or name.startswith("value_embeds"):
                 p.normal_()
-            elif name == "bigram_embed.weight":
+            elif name in ("bigram_embed.weight", "mixing_down") or name.endswith("gate"):
                 p.zero_()
             elif name.endswith("bigram_lambda"):
                 p.fill_(0.05)
@@ -1062,7 +1082,7 @@ class GPT(nn.Module):
         x = self.embed(inputs_BT).to(self.residual_dtype)
         if args.norm_embed:
             x = norm(x, args.norm_eps)
-        x0, skips = x, []
+        x0, skips, mixed = x, [], [x]
         is_first = bigram = None
         if args.key_offset or args.bigram_rows:
             is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
@@ -1080,6 +1100,12 @@ class GPT(nn.Module):
             x = block(x, x0, self.rotary, batch, windows, value_embedding, bigram, is_first)
             if self.skip_lambdas is not None and i < args.num_layers // 2:
                 skips.append(x)
+            if i in self.mixed:
+                mixed.append(x)
+        if args.output_mixing:  # as in the last layer of MUDD (Xiao et al. 2025)
+            hidden = F.gelu(linear(norm(x, args.norm_eps).to(self.dtype), self.mixing_up))
+            shares = linear(hidden, self.mixing_down).type_as(x).split(1, dim=-1)
+            x = x + sum(share * output for share, output in zip(shares, mixed, strict=True))
         x = norm(x, args.norm_eps).to(self.dtype)
         head = self.embed.weight if self.head is None else self.head
         offsets_V, targets_N = self.logit_bias, batch.targets_BT.flatten()
@@ -1410,9 +1436,9 @@ def build_optimizers(
     lrs = {kind: getattr(args, f"{kind}_lr") for kind in LEARNING_RATES}
     adam_groups, muon_groups = {}, {}
     for name, p in model.named_parameters():
-        if p.ndim < 2:
+        if p.ndim < 2 or name.endswith("gate"):
             kind = "scalar"
-        elif name == "head":
+        elif name == "head" or name.startswith("mixing"):
             kind = "head"
         elif name == "bigram_embed.weight":
             kind = "bigram"
@@ -1422,7 +1448,7 @@ def build_optimizers(
             kind = "matrix"
         groups, key = adam_groups, kind
         if kind in ("embed", "bigram", "head"):
-            key = name  # a group of its own, so that nothing so large is copied
+            key = name  # a group of its own, so that nothing large is copied
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
         groups.setdefault(key, dict(params=[], lr=lrs[kind]))["params"].append((name, p))
@@ -1643,7 +1669,7 @@ def log_header(
         log(f"hyperparameter {name}: {value}")
     parameters = sum(p.numel() for p in model.parameters())
     head = model.embed.weight if model.head is None else model.head
-    active = head.numel() + sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
+    active = model.matrix_weights + head.numel()
     log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
     for batch_size in args.stage_batch_sizes:
         micro_batches = batch_size // args.device_batch_size // ranks.world_size

@@ -52,7 +52,8 @@ def attention_flops(model: train_gpt.GPT, batches: list[MicroBatch], windows) ->
     """FLOPs of attention in a step, the backward pass being 2.5 times the forward."""
     pairs = [sum(attention_pairs(batch.cu_seqlens.cpu(), window) for batch in batches)
              for window in windows]
-    return 3.5 * 4 * model.args.model_dim * sum(pairs[block.is_long] for block in model.blocks)
+    width = model.args.num_heads * model.args.head_dim
+    return 3.5 * 4 * width * sum(pairs[block.is_long] for block in model.blocks)
 
 
 def matrix_rate(device: torch.device, size: int = 8192, times: int = 100) -> float:
@@ -260,7 +261,7 @@ def profile_stage(
     limits = Limits(own.rate * 1e12, own.bandwidth * 1e12) if on_gpu else None
     sampled = args.sampled_vocab if train_gpt.samples_vocabulary(step, args) else 0
     head = (sampled or args.vocab_size) * args.model_dim
-    blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
+    blocks = model.matrix_weights
     attention = [attention_flops(model, some, windows) for some in profiled[-PROFILED:]]
     flops = {BLOCKS: 6 * blocks * size, HEAD: 6 * head * size,
              step_trace.ATTENTION: statistics.fmean(attention)}

@@ -505,6 +505,9 @@ SWITCHES = [
     dict(mlp_ratio=2),
     dict(num_heads=1),
     dict(num_heads=3, attention_dim=24),
+    dict(attention_gate=True),
+    dict(output_mixing=True),
+    dict(output_mixing=True, num_layers=1, value_embeddings=0),
     dict(num_layers=5),
     dict(num_layers=1, value_embeddings=0),
 ]

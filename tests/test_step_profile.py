@@ -361,11 +361,11 @@ def test_attention_pairs_are_those_that_a_mask_would_let_through(window):
 
 
 def test_attention_flops_count_each_layer_with_its_own_window():
-    args = tiny_args(num_layers=5)  # long windows in layers 3 and 4
+    args = tiny_args(num_layers=5, attention_dim=24)  # long windows in layers 3 and 4
     batch = train_gpt.random_micro_batch(args, 256, True)
     short, long = (step_profile.attention_pairs(batch.cu_seqlens, window) for window in (8, 32))
     flops = step_profile.attention_flops(train_gpt.GPT(args), [batch] * 2, (8, 32))
-    assert flops == 14 * args.model_dim * 2 * (3 * short + 2 * long)
+    assert flops == 14 * 24 * 2 * (3 * short + 2 * long)
 
 
 def test_each_size_of_step_is_profiled_in_the_middle_of_its_stage():
