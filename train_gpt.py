@@ -88,7 +88,7 @@ class Hyperparameters:
     norm_embed: bool = True  # RMS-normalise the token embedding
     tied_head: bool = False  # the head shares the token embedding's weight
     logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap); 0: off
-    unigram_power: float = 0.0  # added to logits: log of each token's frequency, times this
+    unigram_power: float = 0.0  # logits start from log(frequency of the token), times this
     key_offset: bool = False  # long windows: a key's unrotated part is that of the token before
     bigram_rows: int = 0  # rows of a table of hashed token pairs that each block adds; 0: off
     value_embeddings: int = 3  # tables added to the values of the first and the last layers
@@ -197,11 +197,12 @@ BASELINE = dict(
 
 # In the making: what helped most in records/measurements.
 RECORD = dict(
-    batch_size=65_536, device_batch_size=65_536, val_row_length=65_536, num_layers=10, num_heads=4,
-    attention_dim=512, key_offset=True, unigram_power=0.5, bigram_rows=5 * 50_304, matrix_lr=0.02,
-    embed_lr=0.24, bigram_lr=0.5, head_lr=0.0033, scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9,
-    adam_beta1=0.6, adam_beta2=0.99, train_steps=4_600, loss_chunk_size=16_384,
-    sampled_vocab=16_000, fp8_head=True, fp8_blocks=True, triton_kernels=True,
+    batch_size=65_536, device_batch_size=65_536, val_row_length=65_536, num_layers=9, num_heads=4,
+    attention_dim=512, attention_gate=True, key_offset=True, unigram_power=0.5,
+    bigram_rows=5 * 50_304, output_mixing=True, matrix_lr=0.025, embed_lr=0.24, bigram_lr=0.5,
+    head_lr=0.0033, scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6,
+    adam_beta2=0.99, train_steps=4_600, loss_chunk_size=16_384, sampled_vocab=24_000,
+    fp8_head=True, fp8_blocks=True, triton_kernels=True,
 )
 
 # Small enough for two cores of a CPU and some minutes.
@@ -225,9 +226,9 @@ RECIPES: dict[str, dict] = {
     "sample": SAMPLE,
     "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
     "sample-record": RECORD | SAMPLE | dict(
-        val_row_length=0, attention_dim=0, unigram_power=1.0, bigram_rows=4_096, bigram_lr=0.25,
-        sampled_vocab=8_192, matrix_lr=0.05, train_steps=12, val_loss_every=6, fp8_head=False,
-        fp8_blocks=False, triton_kernels=False),
+        val_row_length=0, attention_dim=0, attention_gate=False, unigram_power=1.0,
+        bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=8_192, matrix_lr=0.05,
+        train_steps=12, val_loss_every=6, fp8_head=False, fp8_blocks=False, triton_kernels=False),
 }
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
@@ -416,11 +417,11 @@ def check_shard(path: Path) -> int:
 
 
 def log_frequencies(path: Path, vocab_size: int) -> Tensor:
-    """Log of each token's share, (vocab_size,), float32, of the first 10M tokens of a shard.
+    """Log of each token's share, (vocab_size,), float32, of the first million tokens of a shard.
 
     One is added to each count, so that a token that is not there is rare rather than impossible.
     """
-    tokens = np.fromfile(path, dtype="<u2", count=10_000_000, offset=4 * SHARD_HEADER_INTS)
+    tokens = np.fromfile(path, dtype="<u2", count=1_000_000, offset=4 * SHARD_HEADER_INTS)
     counts = 1 + np.bincount(tokens, minlength=vocab_size)
     return torch.from_numpy(np.log(counts / counts.sum())).float()
 

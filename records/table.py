@@ -59,6 +59,11 @@ def show_time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.3f} h"
 
 
+def show_tokens(tokens: int) -> str:
+    """157_286_400 -> "157.3M tokens"; less than a million, in thousands."""
+    return f"{tokens / 1e6:,.1f}M tokens" if tokens >= 1e6 else f"{tokens / 1e3:,.0f}k tokens"
+
+
 def table(rows: list[Row], prefix: str) -> str:
     """A Markdown table; `prefix` leads from its file to records/."""
     lines = []
@@ -74,7 +79,7 @@ def table(rows: list[Row], prefix: str) -> str:
             f"[{cell(record['description'])}]({place}/README.md)", record["date"],
             f"[log]({place}/{record['logs'][0]})", cell(", ".join(record["contributors"])),
             f"{cell(hardware)}, torch {cell(record['versions']['torch'])}",
-            f"{record['data']['name']}, {record['train_tokens'] / 1e6:,.1f}M tokens")
+            f"{record['data']['name']}, {show_tokens(record['train_tokens'])}")
         lines.append(f"| {' | '.join(cells)} |\n")
     return HEADER + "".join(lines)
 
