@@ -127,6 +127,7 @@ class Hyperparameters:
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
     fp8_blocks: bool = False  # and in the blocks', but for attention's output and weight gradients
+    fp8_gradients: bool = False  # with fp8_blocks and relu2: and in the MLPs' weight gradients
     triton_kernels: bool = False  # a Triton kernel for the loss of capped logits
     compile: bool = True  # torch.compile
     kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts
@@ -779,7 +780,7 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
     if capability < (8, 9) or not has_triton:
         reason = ("8-bit floats need Triton and an Ada, Hopper or newer GPU; 16 bits instead, and "
                   "slower")
-        missing |= {"fp8_head": reason, "fp8_blocks": reason}
+        missing |= {"fp8_head": reason, "fp8_blocks": reason, "fp8_gradients": reason}
     if not has_triton:
         missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
                                      "instead, and slower")
@@ -798,9 +799,12 @@ class Float8(NamedTuple):
 
     values: Tensor
     scale: Tensor
+    transposed: Tensor | None = None  # the transpose of the values, if it is there already
 
     @property
     def T(self) -> "Float8":
+        if self.transposed is not None:
+            return Float8(self.transposed, self.scale, self.values)
         if self.values.is_cuda:
             from triton_kernels import transposed
 
@@ -877,6 +881,55 @@ def linear(x: Tensor, weight: Tensor, bound=None) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
     y = Float8Linear.apply(x.flatten(0, -2), weight.to(x.dtype), bound)
     return y.unflatten(0, x.shape[:-1])
+
+
+def relu2_float8(h_NE: Tensor, bound: Tensor) -> Float8:
+    """ReLU(h)^2 (So et al. 2021), none of it above the `bound`, in 8-bit floats."""
+    if not h_NE.is_cuda:  # the plain twin
+        return float8(F.relu(h_NE.float()).square(), bound)
+    from triton_kernels import relu2
+
+    scale = bound.float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    values, transposed = relu2(h_NE, None, 1 / scale, torch.float8_e4m3fn)
+    return Float8(values, scale, transposed)
+
+
+def relu2_float8_gradient(grad_NE: Tensor, h_NE: Tensor, scale: float) -> Float8:
+    """The gradient of h, given that of ReLU(h)^2, rounded as by `float8_gradient`."""
+    if not h_NE.is_cuda:  # the plain twin
+        return float8_gradient(2 * F.relu(h_NE.float()) * grad_NE.float(), scale)
+    from triton_kernels import relu2
+
+    factor = h_NE.new_full((), scale, dtype=torch.float32)
+    values, transposed = relu2(h_NE, grad_NE, factor, torch.float8_e5m2)
+    return Float8(values, 1 / factor, transposed)
+
+
+class Float8MLP(torch.autograd.Function):
+    """ReLU(x @ up.T)^2 @ projection.T for x (N, D), in 8-bit floats, and so all the gradients.
+
+    Those of the weights are sums over N, for which all factors have to lie transposed: the widest
+    come from a kernel that writes both layouts at once. The bounds are of |x| and of ReLU^2.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND, up_ED, projection_DE, bound, bound_h):
+        x, up, projection = float8(x_ND, bound), float8(up_ED), float8(projection_DE)
+        h = product(x, up, x_ND.dtype)
+        y = relu2_float8(h, bound_h)
+        ctx.save_for_backward(h, *y.T[:2], *x[:2], *up[:2], *projection[:2])
+        return product(y, projection, x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        h, *saved = ctx.saved_tensors
+        y_T, x, up, projection = (Float8(*saved[i : i + 2]) for i in range(0, 8, 2))
+        grad = float8_gradient(grad_ND, 2.0**10)  # as in Float8Linear
+        grad_projection = product(grad.T, y_T, h.dtype, True)
+        grad_y = product(grad, projection.T, h.dtype, True)
+        grad_h = relu2_float8_gradient(grad_y, h, 2.0**10)
+        grad_up = product(grad_h.T, x.T, h.dtype, True)
+        return product(grad_h, up.T, h.dtype, True), grad_up, grad_projection, None, None
 
 
 class Rotary(nn.Module):
@@ -956,6 +1009,7 @@ class MLP(nn.Module):
         super().__init__()
         hidden = args.mlp_ratio * args.model_dim
         self.activation, self.fp8 = args.activation, args.fp8_blocks
+        self.fp8_gradients = args.fp8_blocks and args.fp8_gradients and args.activation == "relu2"
         self.up = nn.Parameter(torch.empty(hidden, args.model_dim))
         self.projection = nn.Parameter(torch.empty(args.model_dim, hidden))
 
@@ -967,6 +1021,10 @@ class MLP(nn.Module):
             bound = x_BTD.size(-1) ** 0.5
             bound_h = bound * self.up.detach().norm(dim=-1).amax()
             bound_h = bound_h if self.activation == "gelu" else bound_h**2
+        if self.fp8_gradients:
+            up, projection = self.up.type_as(x_BTD), self.projection.type_as(x_BTD)
+            y = Float8MLP.apply(x_BTD.flatten(0, -2), up, projection, bound, bound_h)
+            return y.view_as(x_BTD)
         h = linear(x_BTD, self.up, bound)
         h = F.gelu(h) if self.activation == "gelu" else F.relu(h).square()  # So et al. 2021
         return linear(h, self.projection, bound_h)
@@ -1649,7 +1707,8 @@ def describe_machine(device: torch.device) -> str:
 
 def read_source(args: Hyperparameters) -> str:
     """This file, and after a mark the kernels', if the run uses them."""
-    names = [Path(__file__).name, "triton_kernels.py"][: 1 + args.triton_kernels]
+    uses_kernels = args.triton_kernels or args.fp8_head or args.fp8_blocks
+    names = [Path(__file__).name, "triton_kernels.py"][: 1 + uses_kernels]
     files = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
     return "\n# file: triton_kernels.py\n".join(files)
 

@@ -108,6 +108,63 @@ def _(logits_NV, targets_N, offsets_V, vocab_size, softcap, scale, dtype):
 
 
 @triton.jit
+def _relu2(
+    h, grad, factor, y, y_T, num_rows: tl.constexpr, num_columns: tl.constexpr,
+    HAS_GRAD: tl.constexpr, DTYPE: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program does a tile."""
+    first_row = tl.program_id(1).to(tl.int64) * ROWS
+    first_column = tl.program_id(0).to(tl.int64) * COLUMNS
+    corner = first_row * num_columns + first_column
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    offset = i * num_columns + j
+    inside = (i < num_rows - first_row) & (j < num_columns - first_column)
+    x = tl.maximum(tl.load(h + corner + offset, mask=inside, other=0.0).to(tl.float32), 0.0)
+    if HAS_GRAD:
+        z = 2 * x * tl.load(grad + corner + offset, mask=inside, other=0.0).to(tl.float32)
+    else:
+        z = x * x
+    z = tl.minimum(tl.maximum(z * tl.load(factor), -LIMIT), LIMIT).to(DTYPE)
+    if DTYPE.primitive_bitwidth == 8:
+        z = z.to(tl.uint8, bitcast=True)
+    tl.store(y + corner + offset, z, mask=inside)
+    i, j = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
+    inside = (i < num_rows - first_row) & (j < num_columns - first_column)
+    tl.store(y_T + first_column * num_rows + first_row + j * num_rows + i, tl.trans(z), mask=inside)
+
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float8_e4m3fn: tl.float8e4nv,
+                 torch.float8_e5m2: tl.float8e5}
+
+
+@torch.library.custom_op("speedrun::relu2", mutates_args=())
+def relu2(
+    h_NE: Tensor, grad_NE: Tensor | None, factor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """ReLU(h)^2 * factor or, with `grad_NE`, 2 ReLU(h) * grad * factor, and that transposed.
+
+    Returns (N, E) and (E, N) of `dtype`: float32, or one of 8 bits, where what is out of range is
+    cut off. `factor` is a float32 scalar on the device of h. The twins are `relu2_float8` and
+    `relu2_float8_gradient`.
+    """
+    h_NE, grad_NE = h_NE.contiguous(), None if grad_NE is None else grad_NE.contiguous()
+    num_rows, num_columns = h_NE.shape
+    y, y_T = (h_NE.new_empty(shape, dtype=dtype) for shape in (h_NE.shape, h_NE.shape[::-1]))
+    stored = [z.view(torch.uint8) if dtype.itemsize == 1 else z for z in (y, y_T)]
+    ROWS, COLUMNS = 64, 128  # in tiles of 256 x 64, Triton 3.6 wrote the gradient's transpose wrong
+    _relu2[triton.cdiv(num_columns, COLUMNS), triton.cdiv(num_rows, ROWS)](
+        h_NE, grad_NE, factor, *stored, num_rows, num_columns, grad_NE is not None,
+        _TRITON_DTYPE[dtype], torch.finfo(dtype).max, ROWS, COLUMNS, num_warps=4)
+    return y, y_T
+
+
+@relu2.register_fake
+def _(h_NE, grad_NE, factor, dtype):
+    return h_NE.new_empty(h_NE.shape, dtype=dtype), h_NE.new_empty(h_NE.shape[::-1], dtype=dtype)
+
+
+@triton.jit
 def _transpose(
     x, y, num_rows: tl.constexpr, num_columns: tl.constexpr, SIDE: tl.constexpr
 ):

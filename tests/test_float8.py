@@ -111,6 +111,31 @@ def test_the_bounds_in_an_mlp_hold_and_are_reached_in_the_worst_case(
     assert relative_error(got, expected) < 0.2
 
 
+def test_an_mlp_in_8_bits_and_all_of_its_gradients_come_near_the_exact_ones():
+    found = []
+    for switches in ({}, dict(fp8_blocks=True), dict(fp8_blocks=True, fp8_gradients=True)):
+        torch.manual_seed(2)
+        mlp = MLP(tiny_args(**switches))
+        for p in mlp.parameters():
+            p.data.normal_(std=0.2)
+        x, grad = norm(torch.randn(2, 80, 32), 1e-6).requires_grad_(), torch.randn(2, 80, 32) / 100
+        y = mlp(x)
+        found.append([y.detach(), *torch.autograd.grad(y, (x, mlp.up, mlp.projection), grad)])
+    exact, short, shortest = found
+    for other, expected in zip(shortest, exact, strict=True):
+        assert 0.005 < relative_error(other, expected) < 0.15
+    # The same but for the gradients of the weights, where more is rounded.
+    assert torch.equal(short[0], shortest[0]) and torch.equal(short[1], shortest[1])
+    for one, other, expected in zip(short[2:], shortest[2:], exact[2:], strict=True):
+        assert relative_error(one, expected) < relative_error(other, expected)
+
+
+def test_the_transpose_that_is_there_already_is_used():
+    x = float8(torch.randn(3, 5))
+    other = Float8(x.values, x.scale, x.T.values)
+    assert other.T.values is other.transposed and other.T.T.values is x.values
+
+
 def test_validation_does_without_8_bits():
     args = tiny_args(fp8_head=True)
     model = wake_up(train_gpt.GPT(args))
@@ -124,11 +149,12 @@ def test_validation_does_without_8_bits():
     assert model(batch, (64, 128)) != found  # training does not
 
 
-@pytest.mark.parametrize("switch", ["fp8_head", "fp8_blocks"])
-def test_a_model_in_8_bits_trains_almost_like_one_in_32(switch):
+@pytest.mark.parametrize(
+    "switches", [["fp8_head"], ["fp8_blocks"], ["fp8_blocks", "fp8_gradients"]], ids=str)
+def test_a_model_in_8_bits_trains_almost_like_one_in_32(switches):
     losses = []
     for on in (False, True):
-        args = tiny_args(**{switch: on}, train_steps=12)
+        args = tiny_args(**dict.fromkeys(switches, on), train_steps=12)
         torch.manual_seed(1)
         model = train_gpt.GPT(args)
         optimizers = train_gpt.build_optimizers(model, args)

@@ -57,6 +57,7 @@ def test_8_bit_gradients_are_added_up_exactly():
 NEWER = dict(key_offset=True, attention_dim=64, unigram_power=0.5, bigram_rows=101, bigram_lr=0.05,
              muon_beta2=0.9, batch_stages="512,1024", triton_kernels=True)
 EIGHT_BITS = dict(triton_kernels=True, fp8_head=True, fp8_blocks=True)
+ALL_EIGHT_BITS = EIGHT_BITS | dict(fp8_gradients=True)
 
 
 def train_some_steps(compile: bool, steps: int = 6, **switches) -> list[float]:
@@ -93,7 +94,8 @@ def test_sampling_the_vocabulary_compiles_nothing_after_the_warm_up():
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("switches", [{}, NEWER, EIGHT_BITS], ids=["modern", "newer", "8bit"])
+@pytest.mark.parametrize("switches", [{}, NEWER, EIGHT_BITS, ALL_EIGHT_BITS],
+                         ids=["modern", "newer", "8bit", "8bit-gradients"])
 def test_compiled_training_equals_eager_training_and_compiles_nothing_after_the_warm_up(switches):
     compiled, eager = (train_some_steps(compile, **switches) for compile in (True, False))
     assert compiled == pytest.approx(eager, abs=0.02)

@@ -37,7 +37,8 @@ OTHER = dict(
     adam_eps="1e-7", weight_decay="0.01", train_steps="9", warmup_frac="0.1", cooldown_frac="0.2",
     final_lr_frac="0.3", dtype="bfloat16", residual_dtype="bfloat16", loss_chunk_size="32",
     sampled_vocab="30000", whole_vocab_frac="0.1", attention="sdpa", fp8_head="true",
-    fp8_blocks="true", triton_kernels="true", compile="true", kernel_warmup="true",
+    fp8_blocks="true", fp8_gradients="true", triton_kernels="true", compile="true",
+    kernel_warmup="true",
     val_loss_every="3", log_every="7", log_dir="there", log_wandb="true", wandb_project="project",
     wandb_name="name",
 )

@@ -77,6 +77,23 @@ def test_the_transpose_of_8_bit_numbers_is_the_transpose(shape, dtype):
     assert torch.equal(y.float(), x.float().T)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (64, 128), (300, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32] + [pytest.param(dtype, marks=rounds_to_8_bits)
+                                                     for dtype in (torch.float8_e4m3fn,
+                                                                   torch.float8_e5m2)], ids=str)
+@pytest.mark.parametrize("has_grad", [False, True])
+def test_relu2_and_its_gradient_are_written_in_both_layouts(has_grad, dtype, shape):
+    h, grad = (8 * torch.randn(shape, device=DEVICE).bfloat16() for _ in range(2))
+    factor = torch.tensor(5.0, device=DEVICE)
+    y, y_T = triton_kernels.relu2(h, grad if has_grad else None, factor, dtype)
+    expected = 2 * h.float().relu() * grad.float() if has_grad else h.float().relu().square()
+    limit = torch.finfo(dtype).max
+    expected = (expected * factor).clamp(-limit, limit).to(dtype)
+    assert y.is_contiguous() and y_T.is_contiguous() and y.dtype == y_T.dtype == dtype
+    assert torch.equal(y.float(), expected.float())
+    assert torch.equal(y_T.float(), expected.float().T)
+
+
 @pytest.mark.parametrize("fp8_head", [False, pytest.param(True, marks=rounds_to_8_bits)])
 def test_a_whole_head_equals_the_plain_head_forward_and_backward(fp8_head):
     found = []

@@ -143,8 +143,9 @@ def test_the_log_begins_with_the_exact_source(tiny):
 
 def test_the_log_has_the_source_of_the_kernels_too_if_they_are_used():
     script, kernels = (ROOT / name for name in ("train_gpt.py", "triton_kernels.py"))
-    for used in (False, True):
-        args = train_gpt.parse_hyperparameters([*TINY, "--triton_kernels", str(used)])
+    for switch in (None, "--triton_kernels", "--fp8_head", "--fp8_blocks"):
+        used = switch is not None
+        args = train_gpt.parse_hyperparameters([*TINY, *[switch] * used])
         files = source_files(train_gpt.read_source(args))
         assert files.pop("train_gpt.py").rstrip() == script.read_text().rstrip()
         assert files == ({"triton_kernels.py": kernels.read_text()} if used else {})
