@@ -202,7 +202,7 @@ RECORD = dict(
     attention_dim=512, attention_gate=True, key_offset=True, unigram_power=0.5,
     bigram_rows=5 * 50_304, output_mixing=True, matrix_lr=0.025, embed_lr=0.24, bigram_lr=0.5,
     head_lr=0.0033, scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6,
-    adam_beta2=0.99, train_steps=4_600, loss_chunk_size=16_384, sampled_vocab=24_000,
+    adam_beta2=0.99, train_steps=4_600, loss_chunk_size=16_384, sampled_vocab=16_000,
     fp8_head=True, fp8_blocks=True, triton_kernels=True,
 )
 
@@ -228,8 +228,8 @@ RECIPES: dict[str, dict] = {
     "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
     "sample-record": RECORD | SAMPLE | dict(
         val_row_length=0, attention_dim=0, attention_gate=False, unigram_power=1.0,
-        bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=8_192, matrix_lr=0.05,
-        train_steps=13, val_loss_every=6, fp8_head=False, fp8_blocks=False, triton_kernels=False),
+        bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=2_048, matrix_lr=0.05,
+        train_steps=12, val_loss_every=6, fp8_head=False, fp8_blocks=False, triton_kernels=False),
 }
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
@@ -1168,12 +1168,12 @@ class GPT(nn.Module):
         x = norm(x, args.norm_eps).to(self.dtype)
         head = self.embed.weight if self.head is None else self.head
         offsets_V, targets_N = self.logit_bias, batch.targets_BT.flatten()
-        if sampled:
+        if sampled:  # by frequencies, if they are there, and else all alike
+            weights = head.new_zeros(len(head)) if offsets_V is None else offsets_V
             tokens, offsets_V, targets_N = sample_vocabulary(
-                targets_N, args.vocab_size, args.sampled_vocab)
+                targets_N, weights, args.sampled_vocab)
             head = head.index_select(0, tokens)
-            if self.logit_bias is not None:
-                offsets_V = offsets_V + self.logit_bias[tokens]
+            offsets_V = offsets_V + weights[tokens]
         return linear_cross_entropy(x.flatten(0, 1), head, targets_N, offsets_V, args)
 
 
@@ -1195,24 +1195,26 @@ def linear_cross_entropy(x_ND, weight_VD, targets_N, offsets_V, args: Hyperparam
     return total
 
 
-def sample_vocabulary(targets_N, vocab_size: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def sample_vocabulary(targets_N, log_weights_V, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens for a micro-batch's loss to compare with: its targets, and others drawn at random.
 
     Returns `size` different tokens, what to add to their logits (float32), and the targets as
-    places among the tokens (int32); where there are more targets than places, some get -1. Each
-    drawn token stands for as many others as were left out for it, so that the sum of all
-    exp(logits) is expected to be that over the vocabulary. After Jean et al. 2015, who drew from
-    the targets of a part of the data. Every micro-batch draws its own, so that the size of
-    micro-batches and the number of ranks change what is drawn, though not what is expected.
+    places among the tokens (int32); where there are more targets than places, some get -1. Tokens
+    of larger weight are drawn more often, and the drawn ones stand for those left out, so that the
+    sum of all exp(logits) is expected to be that over the vocabulary: priority sampling (Duffield,
+    Lund and Thorup 2007). Jean et al. 2015 trained on parts of the vocabulary before. Every
+    micro-batch draws its own, so that the size of micro-batches and the number of ranks change what
+    is drawn, though not what is expected.
     """
-    is_target = torch.zeros(vocab_size, device=targets_N.device)
-    is_target = is_target.index_fill(0, targets_N.long(), 1.0)
-    tokens = (is_target + torch.rand_like(is_target)).argsort(descending=True)[:size]
-    others = vocab_size - is_target.sum()
-    drawn = (others - (vocab_size - size)).clamp_min(1)
-    offsets = torch.where(is_target[tokens] > 0, 0.0, (others / drawn).log())
+    is_target = torch.zeros_like(log_weights_V).index_fill(0, targets_N.long(), 1.0)
+    chance = torch.rand_like(is_target).clamp_min(1e-8)
+    priority = (log_weights_V - chance.log() + 1e4 * is_target).sort(descending=True)
+    tokens = priority.indices[:size]
+    left_out = F.pad(priority.values, (0, 1), value=-torch.inf)[size]  # the first of them
+    # Given that threshold, a token is drawn with the probability exp(log_weight - threshold).
+    offsets = (left_out - log_weights_V[tokens]).clamp_min(0) * (1 - is_target[tokens])
     place = torch.arange(size, dtype=torch.int32, device=tokens.device)
-    places = place.new_full((vocab_size,), -1).index_copy(0, tokens, place)
+    places = place.new_full(is_target.shape, -1).index_copy(0, tokens, place)
     return tokens, offsets, places[targets_N.long()]
 
 

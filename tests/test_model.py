@@ -350,25 +350,57 @@ def test_equal_logits_lose_the_log_of_the_vocabulary_whatever_the_cap(softcap):
 
 def test_a_sample_holds_every_target_once_and_stands_for_the_whole_vocabulary():
     targets = torch.tensor([5, 9, 5, 290, 0]).int()
-    drawn = set()
+    drawn, factors = set(), []
     for _ in range(600):
-        tokens, offsets, places = sample_vocabulary(targets, 300, 12)
+        tokens, offsets, places = sample_vocabulary(targets, torch.zeros(300), 12)
         assert len(set(tokens.tolist())) == 12 and places.dtype == torch.int32
         assert torch.equal(tokens[places.long()], targets.long())
         is_target = torch.isin(tokens, targets)
         assert is_target.sum() == 4 and (offsets[is_target] == 0).all()
-        torch.testing.assert_close(offsets[~is_target].exp(), torch.full((8,), 296 / 8))
+        [factor] = set(offsets[~is_target].exp().tolist())  # equal weights, equal parts
+        factors.append(factor)
         drawn |= set(tokens.tolist())
     assert drawn == set(range(300))
+    assert sum(factors) / 600 == pytest.approx(296 / 8, rel=0.06)
 
 
-def test_the_expected_sum_over_a_sample_is_the_sum_over_the_vocabulary():
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_the_expected_sum_over_a_sample_is_the_sum_over_the_vocabulary(spread):
     exp_logits, targets = torch.rand(300) * 5, torch.tensor([3, 4]).int()
-    sums = []
-    for _ in range(2_000):
-        tokens, offsets, _ = sample_vocabulary(targets, 300, 100)
+    weights, sums = spread * torch.randn(300), []
+    for _ in range(4_000):
+        tokens, offsets, _ = sample_vocabulary(targets, weights, 100)
         sums.append((exp_logits[tokens] * offsets.exp()).sum())
-    assert torch.stack(sums).mean().item() == pytest.approx(exp_logits.sum().item(), rel=0.01)
+    error = torch.stack(sums).std().item() / len(sums) ** 0.5
+    expected = exp_logits.sum().item()
+    assert torch.stack(sums).mean().item() == pytest.approx(expected, abs=4 * error)
+    assert error < 0.01 * expected
+
+
+def test_tokens_of_larger_weight_are_drawn_more_often_and_then_count_less():
+    weights, counts = torch.zeros(300), torch.zeros(300)
+    weights[100:200] = math.log(10)
+    for _ in range(200):
+        tokens, offsets, _ = sample_vocabulary(torch.tensor([0]).int(), weights, 61)
+        counts[tokens] += 1
+        heavy = (tokens >= 100) & (tokens < 200)
+        light = ~heavy & (tokens != 0)
+        gap = offsets[light].min() - offsets[heavy].max()
+        assert gap.item() == pytest.approx(math.log(10), abs=1e-4)
+    assert counts[100:200].mean() > 4 * counts[1:100].mean()
+
+
+def test_a_sample_by_frequency_comes_nearer_to_the_whole_loss():
+    bias, rows = -3 * torch.rand(2_000).cumsum(0) / 400, 50
+    logits, targets = torch.randn(rows, 2_000) + bias, torch.arange(rows).int()
+    errors = []
+    for weights in (torch.zeros(2_000), bias):
+        found = []
+        for _ in range(100):
+            tokens, offsets, _ = sample_vocabulary(targets, weights, 200)
+            found.append((logits[:, tokens] + offsets).logsumexp(-1) - logits.logsumexp(-1))
+        errors.append(torch.stack(found).square().mean().sqrt())
+    assert errors[1] < errors[0] / 2
 
 
 @pytest.mark.parametrize("chunk_size", [7, 1000])
@@ -377,7 +409,7 @@ def test_a_sampled_loss_is_the_cross_entropy_over_the_sample(softcap, chunk_size
     x, weight = 4 * torch.randn(40, 16), torch.randn(91, 16)
     targets = torch.randint(91, (40,)).int()
     leaves = x.requires_grad_(), weight.requires_grad_()
-    tokens, offsets, places = sample_vocabulary(targets, 91, 60)
+    tokens, offsets, places = sample_vocabulary(targets, torch.randn(91), 60)
     logits = x.double() @ weight.double()[tokens].T
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = F.cross_entropy(logits + offsets, places.long(), reduction="sum")
@@ -390,7 +422,7 @@ def test_a_sampled_loss_is_the_cross_entropy_over_the_sample(softcap, chunk_size
 
 def test_targets_that_find_no_place_in_a_sample_have_neither_loss_nor_gradient():
     x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(99, 8)
-    tokens, offsets, places = sample_vocabulary(torch.arange(30).int(), 99, 20)
+    tokens, offsets, places = sample_vocabulary(torch.arange(30).int(), torch.zeros(99), 20)
     kept = places >= 0
     assert kept.sum() == 20
     loss = our_cross_entropy(x, weight[tokens], places, 15.0, 30, offsets)
