@@ -33,7 +33,10 @@ class Row(NamedTuple):
 
 
 def collect(root: Path) -> dict[str, list[Row]]:
-    """{folder of records/: its rows, oldest first}. RecordError with all that is wrong."""
+    """{folder of records/: its rows, oldest first, and slowest first among those of one day}.
+
+    RecordError with all that is wrong.
+    """
     rows: dict[str, list[Row]] = {}
     problems = []
     for group in sorted(path for path in root.iterdir() if path.is_dir()):
@@ -50,6 +53,8 @@ def collect(root: Path) -> dict[str, list[Row]]:
                 problems.append(str(error))
     if problems:
         raise RecordError("\n".join(problems))
+    for group in rows.values():
+        group.sort(key=lambda row: (row.record["date"], -row.record["mean_train_time"]))
     return rows
 
 

@@ -239,11 +239,11 @@ def test_a_negative_result_may_miss_the_target_but_not_the_other_rules(tmp_path)
 
 
 def test_the_table_has_a_row_for_each_record_oldest_first(checkout, tmp_path):
-    for day, step_time in (("21", 0.5), ("22", 0.25)):
-        logs = write_logs(tmp_path / day, *(
+    for day, name, step_time in (("21", "Day21", 0.5), ("22", "Day22", 0.25), ("22", "Also", 0.2)):
+        logs = write_logs(tmp_path / name, *(
             our_log(seed, lines=step_lines(step_time=step_time, final=3.37 + seed * 1e-4))
             .replace("date: 2026-11-21", f"date: 2026-11-{day}") for seed in (1, 2, 3)))
-        done = script("record.py", *logs, f"--name=Day{day}", "--description=Halve | it",
+        done = script("record.py", *logs, f"--name={name}", "--description=Halve | it",
                       "--by=Ada", root=checkout)
         assert done.returncode == 0, done.stderr
         for readme in (checkout / "records" / "single-gpu").glob("*/README.md"):
@@ -255,7 +255,7 @@ def test_the_table_has_a_row_for_each_record_oldest_first(checkout, tmp_path):
     text = (checkout / "README.md").read_text()
     records = text.split("<!-- records -->")[1].split("<!-- end of records -->")[0]
     rows = [line for line in records.split("\n") if re.match(r"\| \d", line)]
-    assert len(rows) == 2
+    assert len(rows) == 3 and "2026-11-22_Also" in rows[2]  # later on the same day, so faster
     assert rows[1] == (
         "| 2 | 10.1 s | 3.37020 ± 0.00010 (n 3) | [Halve \\| it]"
         "(records/single-gpu/2026-11-22_Day22/README.md) | 2026-11-22 | "
