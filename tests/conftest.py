@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,15 @@ def run_ranks(function, world_size: int, folder: Path, *arguments) -> list:
         _rank_main, (world_size, str(folder), function, arguments), nprocs=world_size
     )
     return [torch.load(folder / f"result{rank}.pt") for rank in range(world_size)]
+
+
+def wait_for(process: subprocess.Popen, happens, seconds: float = 120) -> None:
+    """Return as soon as `happens()`, which it has to do in time, and while the process runs."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def run_train(

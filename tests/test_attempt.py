@@ -7,11 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 from test_commands import TINY, environment
 
 SHORT = [option for option in TINY if not option.startswith("--run_id")]
@@ -117,10 +116,7 @@ def test_ctrl_c_stops_all_seeds_and_names_the_logs(checkout):
         cwd=checkout, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True)
     log = checkout / "logs" / "stop-seed1337.txt"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and "\nstep:1/" in log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    wait_for(process, lambda: log.exists() and "\nstep:1/" in log.read_text())
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

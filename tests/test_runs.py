@@ -21,7 +21,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_RANK, ROOT, random_documents, run_train, write_shard, write_tokens
+from conftest import (
+    ONE_RANK,
+    ROOT,
+    random_documents,
+    run_train,
+    wait_for,
+    write_shard,
+    write_tokens,
+)
 
 import train_gpt
 
@@ -808,11 +816,8 @@ def stopped(tmp_path_factory) -> dict[int, tuple[subprocess.CompletedProcess, st
         runs[number] = process, log
     try:
         for number, (process, log) in runs.items():
-            deadline = time.monotonic() + 120
-            while not (log.exists() and "\nstep:3/2000 train_time" in log.read_text()):
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_for(process, lambda log=log: (
+                log.exists() and "\nstep:3/2000 train_time" in log.read_text()))
             process.send_signal(number)
             out, err = process.communicate(timeout=60)
             done[number] = (

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 from test_attempt import SHORT
 from test_commands import environment
 
@@ -37,13 +37,6 @@ def screen(plan: Path, *options) -> subprocess.CompletedProcess:
     process = start(plan, *options)
     out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def wait_for(happens, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -118,7 +111,7 @@ def test_a_run_waits_for_its_turn_before_its_clock_starts(plan):
     with open(log.with_name(".turn-cpu"), "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         process = start(plan)
-        wait_for(lambda: log.exists() and "\nwarm-up: none\n" in log.read_text())
+        wait_for(process, lambda: log.exists() and "\nwarm-up: none\n" in log.read_text())
         time.sleep(1.5)
         assert "\nstep:0/2 " not in log.read_text() and process.poll() is None
     process.communicate(timeout=60)
@@ -132,7 +125,7 @@ def test_a_screening_that_is_stopped_stops_its_runs_and_keeps_what_is_done(plan)
     plan.write_text("control:\nlong: --train_steps 400 --model_dim 256\n")
     process = start(plan)
     long = plan.parent / "logs" / "long-seed1337.txt"
-    wait_for(lambda: long.exists() and "\nstep:1/400 " in long.read_text())
+    wait_for(process, lambda: long.exists() and "\nstep:1/400 " in long.read_text())
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "control-seed1337: val_loss" in out

@@ -7,12 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from datetime import date
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 TABLE = """\
 import sys
@@ -375,10 +374,7 @@ def test_ctrl_c_leaves_nothing_behind(repo, tmp_path):
           f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(60)\n")
     commit(repo)
     process = start(repo, "Ada Lovelace")
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for(process, (tmp_path / "begun").exists, 30)
     assert list(repo.glob(".submit*"))
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=30)
