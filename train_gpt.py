@@ -140,8 +140,12 @@ class Hyperparameters:
     wandb_name: str = ""  # its run name; empty: run_id
 
     @property
+    def attention_width(self) -> int:
+        return self.attention_dim or self.model_dim
+
+    @property
     def head_dim(self) -> int:
-        return (self.attention_dim or self.model_dim) // self.num_heads
+        return self.attention_width // self.num_heads
 
     @property
     def stage_batch_sizes(self) -> list[int]:
@@ -350,9 +354,9 @@ def find_problem(args: Hyperparameters) -> str | None:
         if size < 1 or size % args.row_length:
             return (f"--batch_size and --batch_stages must be multiples of --row_length "
                     f"{args.row_length}, got {size}")
-    width = "attention_dim" if args.attention_dim else "model_dim"
-    if getattr(args, width) % args.num_heads or args.head_dim % 4:
-        return (f"--{width} {getattr(args, width)} must be --num_heads {args.num_heads} times a "
+    if args.attention_width % args.num_heads or args.head_dim % 4:
+        name = "attention_dim" if args.attention_dim else "model_dim"
+        return (f"--{name} {args.attention_width} must be --num_heads {args.num_heads} times a "
                 f"multiple of 4")
     if 2 * args.value_embeddings > args.num_layers:
         return (f"--value_embeddings {args.value_embeddings} tables serve two layers each, "
@@ -820,9 +824,14 @@ def float8(x: Tensor, bound=None) -> Float8:
     """
     limit = torch.finfo(torch.float8_e4m3fn).max
     bound = x.abs().amax() if bound is None else torch.as_tensor(bound, device=x.device)
-    scale = bound.float().clamp_min(1e-12) / limit
+    scale = float8_scale(bound)
     values = (x.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
     return Float8(values, scale)
+
+
+def float8_scale(bound: Tensor) -> Tensor:
+    """The scale with which 8-bit floats reach just to the bound."""
+    return bound.float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
 
 
 def float8_gradient(grad: Tensor, scale: float) -> Float8:
@@ -889,7 +898,7 @@ def relu2_float8(h_NE: Tensor, bound: Tensor) -> Float8:
         return float8(F.relu(h_NE.float()).square(), bound)
     from triton_kernels import relu2
 
-    scale = bound.float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    scale = float8_scale(bound)
     values, transposed = relu2(h_NE, None, 1 / scale, torch.float8_e4m3fn)
     return Float8(values, scale, transposed)
 
@@ -972,9 +981,8 @@ class CausalSelfAttention(nn.Module):
         self.num_heads, self.qk_norm, self.eps = args.num_heads, args.qk_norm, args.norm_eps
         self.scale = args.attention_scale or args.head_dim**-0.5
         self.attention = attention
-        width = args.num_heads * args.head_dim
-        self.qkv = nn.Parameter(torch.empty(3, width, args.model_dim))
-        self.projection = nn.Parameter(torch.empty(args.model_dim, width))
+        self.qkv = nn.Parameter(torch.empty(3, args.attention_width, args.model_dim))
+        self.projection = nn.Parameter(torch.empty(args.model_dim, args.attention_width))
         if has_value_embedding:
             self.value_lambdas = nn.Parameter(torch.empty(2))
         self.gate = None
@@ -1072,7 +1080,7 @@ class GPT(nn.Module):
         L, n = args.num_layers, args.value_embeddings
         self.embed = nn.Embedding(args.vocab_size, args.model_dim)
         self.value_embeds = nn.ModuleList(
-            nn.Embedding(args.vocab_size, args.num_heads * args.head_dim) for _ in range(n)
+            nn.Embedding(args.vocab_size, args.attention_width) for _ in range(n)
         )
         self.bigram_embed = None
         if args.bigram_rows:

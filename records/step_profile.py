@@ -52,7 +52,7 @@ def attention_flops(model: train_gpt.GPT, batches: list[MicroBatch], windows) ->
     """FLOPs of attention in a step, the backward pass being 2.5 times the forward."""
     pairs = [sum(attention_pairs(batch.cu_seqlens.cpu(), window) for batch in batches)
              for window in windows]
-    width = model.args.num_heads * model.args.head_dim
+    width = model.args.attention_width
     return 3.5 * 4 * width * sum(pairs[block.is_long] for block in model.blocks)
 
 
