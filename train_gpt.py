@@ -784,7 +784,10 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
     if capability < (8, 9) or not has_triton:
         reason = ("8-bit floats need Triton and an Ada, Hopper or newer GPU; 16 bits instead, and "
                   "slower")
-        missing |= {"fp8_head": reason, "fp8_blocks": reason, "fp8_gradients": reason}
+        missing |= {"fp8_head": reason, "fp8_blocks": reason}
+    if capability[0] not in (9, 10) or not has_triton:
+        missing["fp8_gradients"] = ("its kernel is made for Hopper, and fits Blackwell's large "
+                                    "GPUs; weight gradients in 16 bits instead, and slower")
     if not has_triton:
         missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
                                      "instead, and slower")
@@ -892,26 +895,35 @@ def linear(x: Tensor, weight: Tensor, bound=None) -> Tensor:
     return y.unflatten(0, x.shape[:-1])
 
 
-def relu2_float8(h_NE: Tensor, bound: Tensor) -> Float8:
-    """ReLU(h)^2 (So et al. 2021), none of it above the `bound`, in 8-bit floats."""
-    if not h_NE.is_cuda:  # the plain twin
-        return float8(F.relu(h_NE.float()).square(), bound)
-    from triton_kernels import relu2
+def relu2_linear_float8(x_ND: Float8, weight_ED: Float8, bound: Tensor) -> Float8:
+    """ReLU(x @ weight.T)^2 (So et al. 2021), none of it above the `bound`."""
+    if not x_ND.values.is_cuda:  # the plain twin
+        return float8(F.relu(product(x_ND, weight_ED, torch.float32)).square(), bound)
+    from triton_kernels import relu2_linear
 
     scale = float8_scale(bound)
-    values, transposed = relu2(h_NE, None, 1 / scale, torch.float8_e4m3fn)
-    return Float8(values, scale, transposed)
+    factor = (x_ND.scale * weight_ED.scale).square() / scale
+    y, y_T = relu2_linear(x_ND.values, weight_ED.values, None, factor, torch.float8_e4m3fn)
+    return Float8(y, scale, y_T)
 
 
-def relu2_float8_gradient(grad_NE: Tensor, h_NE: Tensor, scale: float) -> Float8:
-    """The gradient of h, given that of ReLU(h)^2, rounded as by `float8_gradient`."""
-    if not h_NE.is_cuda:  # the plain twin
-        return float8_gradient(2 * F.relu(h_NE.float()) * grad_NE.float(), scale)
-    from triton_kernels import relu2
+def relu2_linear_gradient(grad_ND: Float8, weight_ED: Float8, y_NE: Float8) -> Float8:
+    """The gradient of h where that of y = ReLU(h)^2 is grad @ weight.T; its scale is that of grad.
 
-    factor = h_NE.new_full((), scale, dtype=torch.float32)
-    values, transposed = relu2(h_NE, grad_NE, factor, torch.float8_e5m2)
-    return Float8(values, 1 / factor, transposed)
+    The derivative 2 ReLU(h) is 2 sqrt(y), so that h need not be kept. Here the matrix units may add
+    up less exactly: the sums are short.
+    """
+    factor = 2 * weight_ED.scale * y_NE.scale.sqrt()
+    if not grad_ND.values.is_cuda:  # the plain twin
+        h = grad_ND.values.float() @ weight_ED.values.float().T * y_NE.values.float().sqrt()
+        limit = torch.finfo(torch.float8_e5m2).max
+        values = (h * factor).clamp(-limit, limit).to(torch.float8_e5m2)
+        return Float8(values, grad_ND.scale)
+    from triton_kernels import relu2_linear
+
+    h, h_T = relu2_linear(grad_ND.values, weight_ED.values, y_NE.values, factor,
+                          torch.float8_e5m2)
+    return Float8(h, grad_ND.scale, h_T)
 
 
 class Float8MLP(torch.autograd.Function):
@@ -922,23 +934,22 @@ class Float8MLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_ND, up_ED, projection_DE, bound, bound_h):
+    def forward(ctx, x_ND, up_ED, projection_DE, bound, bound_y):
         x, up, projection = float8(x_ND, bound), float8(up_ED), float8(projection_DE)
-        h = product(x, up, x_ND.dtype)
-        y = relu2_float8(h, bound_h)
-        ctx.save_for_backward(h, *y.T[:2], *x[:2], *up[:2], *projection[:2])
+        y = relu2_linear_float8(x, up, bound_y)
+        ctx.save_for_backward(*y, *x[:2], *up[:2], *projection[:2])
         return product(y, projection, x_ND.dtype)
 
     @staticmethod
     def backward(ctx, grad_ND):
-        h, *saved = ctx.saved_tensors
-        y_T, x, up, projection = (Float8(*saved[i : i + 2]) for i in range(0, 8, 2))
+        *y, x, x_scale, up, up_scale, projection, projection_scale = ctx.saved_tensors
+        y, x, up, projection = (Float8(*y), Float8(x, x_scale), Float8(up, up_scale),
+                                Float8(projection, projection_scale))
         grad = float8_gradient(grad_ND, 2.0**10)  # as in Float8Linear
-        grad_projection = product(grad.T, y_T, h.dtype, True)
-        grad_y = product(grad, projection.T, h.dtype, True)
-        grad_h = relu2_float8_gradient(grad_y, h, 2.0**10)
-        grad_up = product(grad_h.T, x.T, h.dtype, True)
-        return product(grad_h, up.T, h.dtype, True), grad_up, grad_projection, None, None
+        grad_projection = product(grad.T, y.T, grad_ND.dtype, True)
+        grad_h = relu2_linear_gradient(grad, projection.T, y)
+        grad_up = product(grad_h.T, x.T, grad_ND.dtype, True)
+        return product(grad_h, up.T, grad_ND.dtype, True), grad_up, grad_projection, None, None
 
 
 class Rotary(nn.Module):
@@ -1022,20 +1033,20 @@ class MLP(nn.Module):
         self.projection = nn.Parameter(torch.empty(args.model_dim, hidden))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        bound = bound_h = None
+        bound = bound_y = None
         if self.fp8:
             # No number of a normalised vector is larger than the root of its length, and none of
             # its product with rows of weights larger than that root times the longest row.
             bound = x_BTD.size(-1) ** 0.5
-            bound_h = bound * self.up.detach().norm(dim=-1).amax()
-            bound_h = bound_h if self.activation == "gelu" else bound_h**2
+            bound_y = bound * self.up.detach().norm(dim=-1).amax()
+            bound_y = bound_y if self.activation == "gelu" else bound_y**2
         if self.fp8_gradients:
             up, projection = self.up.type_as(x_BTD), self.projection.type_as(x_BTD)
-            y = Float8MLP.apply(x_BTD.flatten(0, -2), up, projection, bound, bound_h)
+            y = Float8MLP.apply(x_BTD.flatten(0, -2), up, projection, bound, bound_y)
             return y.view_as(x_BTD)
         h = linear(x_BTD, self.up, bound)
         h = F.gelu(h) if self.activation == "gelu" else F.relu(h).square()  # So et al. 2021
-        return linear(h, self.projection, bound_h)
+        return linear(h, self.projection, bound_y)
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton's interpreter, which runs the kernels on a CPU, knows no machine instructions.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -108,60 +109,63 @@ def _(logits_NV, targets_N, offsets_V, vocab_size, softcap, scale, dtype):
 
 
 @triton.jit
-def _relu2(
-    h, grad, factor, y, y_T, num_rows: tl.constexpr, num_columns: tl.constexpr,
-    HAS_GRAD: tl.constexpr, DTYPE: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def _relu2_linear(
+    x, weight, old, factor, y, y_T, num_rows: tl.constexpr, num_columns: tl.constexpr,
+    depth: tl.constexpr, HAS_OLD: tl.constexpr, LIMIT: tl.constexpr, TILES: tl.constexpr,
+    PROGRAMS: tl.constexpr, SIDE: tl.constexpr,
 ):
-    """A program does a tile."""
-    first_row = tl.program_id(1).to(tl.int64) * ROWS
-    first_column = tl.program_id(0).to(tl.int64) * COLUMNS
-    corner = first_row * num_columns + first_column
-    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    offset = i * num_columns + j
-    inside = (i < num_rows - first_row) & (j < num_columns - first_column)
-    x = tl.maximum(tl.load(h + corner + offset, mask=inside, other=0.0).to(tl.float32), 0.0)
-    if HAS_GRAD:
-        z = 2 * x * tl.load(grad + corner + offset, mask=inside, other=0.0).to(tl.float32)
-    else:
-        z = x * x
-    z = tl.minimum(tl.maximum(z * tl.load(factor), -LIMIT), LIMIT).to(DTYPE)
-    if DTYPE.primitive_bitwidth == 8:
-        z = z.to(tl.uint8, bitcast=True)
-    tl.store(y + corner + offset, z, mask=inside)
-    i, j = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
-    inside = (i < num_rows - first_row) & (j < num_columns - first_column)
-    tl.store(y_T + first_column * num_rows + first_row + j * num_rows + i, tl.trans(z), mask=inside)
+    """A program does every PROGRAMS-th tile; what is outside of the tensors is 0, or not stored."""
+    scale = tl.load(factor)
+    tiles_per_row: tl.constexpr = (num_columns + SIDE - 1) // SIDE
+    for i in tl.range(0, TILES, flatten=not HAS_OLD):
+        tile = tl.program_id(0) + i * PROGRAMS
+        row, column = tile // tiles_per_row * SIDE, tile % tiles_per_row * SIDE
+        h = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, SIDE):
+            h = tl.dot(x.load([row, k]), weight.load([column, k]).T, h)
+        if HAS_OLD:
+            z = h * (tl.sqrt(old.load([row, column]).to(tl.float32)) * scale)
+        else:
+            z = tl.maximum(h, 0.0)
+            z = z * z * scale
+        z = tl.minimum(tl.maximum(z, -LIMIT), LIMIT).to(y.dtype)
+        y.store([row, column], z)
+        y_T.store([column, row], z.T)
 
 
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float8_e4m3fn: tl.float8e4nv,
-                 torch.float8_e5m2: tl.float8e5}
-
-
-@torch.library.custom_op("speedrun::relu2", mutates_args=())
-def relu2(
-    h_NE: Tensor, grad_NE: Tensor | None, factor: Tensor, dtype: torch.dtype
+@torch.library.custom_op("speedrun::relu2_linear", mutates_args=())
+def relu2_linear(
+    x_ND: Tensor, weight_ED: Tensor, old_NE: Tensor | None, factor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """ReLU(h)^2 * factor or, with `grad_NE`, 2 ReLU(h) * grad * factor, and that transposed.
+    """ReLU(x @ weight.T)^2 * factor or, with `old_NE`, x @ weight.T * sqrt(old) * factor.
 
-    Returns (N, E) and (E, N) of `dtype`: float32, or one of 8 bits, where what is out of range is
-    cut off. `factor` is a float32 scalar on the device of h. The twins are `relu2_float8` and
-    `relu2_float8_gradient`.
+    Returns it as (N, E) and transposed (E, N), of `dtype`, where what is out of range is cut off.
+    All are float32 or 8-bit floats, `factor` is a float32 scalar on the device of x, and sizes are
+    multiples of 16. The product never goes to memory, which makes this 1.5 times as fast as the
+    product and then a kernel for the rest. The twins are in `relu2_linear_float8` and its gradient.
     """
-    h_NE, grad_NE = h_NE.contiguous(), None if grad_NE is None else grad_NE.contiguous()
-    num_rows, num_columns = h_NE.shape
-    y, y_T = (h_NE.new_empty(shape, dtype=dtype) for shape in (h_NE.shape, h_NE.shape[::-1]))
-    stored = [z.view(torch.uint8) if dtype.itemsize == 1 else z for z in (y, y_T)]
-    ROWS, COLUMNS = 64, 128  # in tiles of 256 x 64, Triton 3.6 wrote the gradient's transpose wrong
-    _relu2[triton.cdiv(num_columns, COLUMNS), triton.cdiv(num_rows, ROWS)](
-        h_NE, grad_NE, factor, *stored, num_rows, num_columns, grad_NE is not None,
-        _TRITON_DTYPE[dtype], torch.finfo(dtype).max, ROWS, COLUMNS, num_warps=4)
+    x_ND, weight_ED = x_ND.contiguous(), weight_ED.contiguous()
+    (num_rows, depth), num_columns = x_ND.shape, len(weight_ED)
+    y, y_T = (x_ND.new_empty(shape, dtype=dtype)
+              for shape in ((num_rows, num_columns), (num_columns, num_rows)))
+    SIDE = 128
+    tiles = triton.cdiv(num_rows, SIDE) * triton.cdiv(num_columns, SIDE)
+    programs = 2 * torch.cuda.get_device_properties(x_ND.device).multi_processor_count \
+        if x_ND.is_cuda else 3
+    x, weight, old, out, out_T = (
+        TensorDescriptor.from_tensor(tensor, [SIDE, SIDE])
+        for tensor in (x_ND, weight_ED, y if old_NE is None else old_NE.contiguous(), y, y_T))
+    _relu2_linear[programs,](
+        x, weight, old, factor, out, out_T, num_rows, num_columns, depth, old_NE is not None,
+        torch.finfo(dtype).max, triton.cdiv(tiles, programs), programs, SIDE, num_warps=4,
+        num_stages=3)
     return y, y_T
 
 
-@relu2.register_fake
-def _(h_NE, grad_NE, factor, dtype):
-    return h_NE.new_empty(h_NE.shape, dtype=dtype), h_NE.new_empty(h_NE.shape[::-1], dtype=dtype)
+@relu2_linear.register_fake
+def _(x_ND, weight_ED, old_NE, factor, dtype):
+    shape = len(x_ND), len(weight_ED)
+    return x_ND.new_empty(shape, dtype=dtype), x_ND.new_empty(shape[::-1], dtype=dtype)
 
 
 @triton.jit
