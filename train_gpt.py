@@ -124,6 +124,7 @@ class Hyperparameters:
     loss_chunk_size: int = 8_192  # tokens whose logits exist at the same time
     sampled_vocab: int = 0  # tokens that training compares with: the targets, and a sample; 0: all
     whole_vocab_frac: float = 0.0  # share of the steps, at the end, that compare with all after all
+    tokens_ahead: int = 1  # early in the run, training predicts so many next tokens at once
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
     fp8_blocks: bool = False  # and in the blocks', but for attention's output and weight gradients
@@ -206,8 +207,9 @@ RECORD = dict(
     attention_dim=512, attention_gate=True, key_offset=True, unigram_power=0.5,
     bigram_rows=5 * 50_304, output_mixing=True, matrix_lr=0.025, embed_lr=0.24, bigram_lr=0.5,
     head_lr=0.0033, scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6,
-    adam_beta2=0.99, train_steps=4_600, loss_chunk_size=16_384, sampled_vocab=16_000,
-    fp8_head=True, fp8_blocks=True, triton_kernels=True,
+    adam_beta2=0.99, train_steps=4_600, cooldown_frac=0.55, loss_chunk_size=16_384,
+    sampled_vocab=24_000, tokens_ahead=3, fp8_head=True, fp8_blocks=True, fp8_gradients=True,
+    triton_kernels=True,
 )
 
 # Small enough for two cores of a CPU and some minutes.
@@ -233,7 +235,8 @@ RECIPES: dict[str, dict] = {
     "sample-record": RECORD | SAMPLE | dict(
         val_row_length=0, attention_dim=0, attention_gate=False, unigram_power=1.0,
         bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=2_048, matrix_lr=0.05,
-        train_steps=12, val_loss_every=6, fp8_head=False, fp8_blocks=False, triton_kernels=False),
+        train_steps=12, cooldown_frac=0.45, val_loss_every=6, tokens_ahead=1, fp8_head=False,
+        fp8_blocks=False, fp8_gradients=False, triton_kernels=False),
 }
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
@@ -328,7 +331,7 @@ def find_problem(args: Hyperparameters) -> str | None:
     """What is wrong with the sizes in `args`, for a person, or None. Knows nothing of ranks."""
     positive = ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
                 "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
-                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio")
+                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead")
     for name in positive:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
@@ -1149,11 +1152,15 @@ class GPT(nn.Module):
             else:
                 raise RunError(f"parameter {name} is not initialised: add it to reset_parameters")
 
-    def forward(self, batch: MicroBatch, windows: tuple[int, int], sampled: bool = False) -> Tensor:
+    def forward(
+        self, batch: MicroBatch, windows: tuple[int, int], sampled: bool = False, ahead_K=None
+    ) -> Tensor:
         """Sum of the cross entropies of all tokens, nats, float32.
 
         `windows`: tokens that (short-window, long-window) layers look back, 0 for no limit.
         `sampled`: compare with a sample of the vocabulary, which `args` give the size of.
+        `ahead_K`: what the next K tokens weigh in the gradient, float32, by default (1,); the sum
+        is of the next token alone in any case.
         """
         args = self.args
         inputs_BT = batch.inputs_BT
@@ -1186,46 +1193,57 @@ class GPT(nn.Module):
             x = x + sum(share * output for share, output in zip(shares, mixed, strict=True))
         x = norm(x, args.norm_eps).to(self.dtype)
         head = self.embed.weight if self.head is None else self.head
-        offsets_V, targets_N = self.logit_bias, batch.targets_BT.flatten()
+        ahead_K = x.new_ones(1, dtype=torch.float32) if ahead_K is None else ahead_K
+        offsets_V, targets_NK = self.logit_bias, next_tokens(batch.targets_BT, len(ahead_K))
         if sampled:  # by frequencies, if they are there, and else all alike
             weights = head.new_zeros(len(head)) if offsets_V is None else offsets_V
-            tokens, offsets_V, targets_N = sample_vocabulary(
-                targets_N, weights, args.sampled_vocab)
+            tokens, offsets_V, targets_NK = sample_vocabulary(
+                targets_NK, weights, args.sampled_vocab)
             head = head.index_select(0, tokens)
             offsets_V = offsets_V + weights[tokens]
-        return linear_cross_entropy(x.flatten(0, 1), head, targets_N, offsets_V, args)
+        return linear_cross_entropy(x.flatten(0, 1), head, targets_NK, ahead_K, offsets_V, args)
 
 
-def linear_cross_entropy(x_ND, weight_VD, targets_N, offsets_V, args: Hyperparameters) -> Tensor:
+def next_tokens(targets_BT: Tensor, count: int) -> Tensor:
+    """The next `count` tokens at each place, (B * T, count), int32; -1 beyond the row's end."""
+    later = [F.pad(targets_BT[:, k:], (0, k), value=-1) for k in range(count)]
+    return torch.stack(later, dim=-1).flatten(0, 1)
+
+
+def linear_cross_entropy(
+    x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args: Hyperparameters
+) -> Tensor:
     """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
 
-    `offsets_V`, if not None, are added to the (capped) logits. In training, a target of -1 counts
-    for nothing; with `fp8_head`, x has to be RMS-normalised. Validation, which is what runs without
-    gradients, does without 8-bit floats.
+    `offsets_V`, if not None, are added to the (capped) logits. The sum is that of the first of K
+    targets, while the gradient is that of all of them, each times its weight in `ahead_K`. In
+    training, a target of -1 counts for nothing; with `fp8_head`, x has to be RMS-normalised.
+    Validation, which is what runs without gradients, does without 8-bit floats.
     """
     if torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, offsets_V, args)
+        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args)
     weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-    for x, targets in split(args.loss_chunk_size, x_ND, targets_N):
+    for x, targets in split(args.loss_chunk_size, x_ND, targets_NK[:, :1]):
         logits = capped(product(x, weight, x.dtype)[:, : len(weight_VD)], args.logit_softcap)
         logits = logits if offsets_V is None else logits + offsets_V
         total = total + (log_total(logits, args.logit_softcap) - pick(logits, targets)).sum()
     return total
 
 
-def sample_vocabulary(targets_N, log_weights_V, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def sample_vocabulary(targets_NK, log_weights_V, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens for a micro-batch's loss to compare with: its targets, and others drawn at random.
 
     Returns `size` different tokens, what to add to their logits (float32), and the targets as
-    places among the tokens (int32); where there are more targets than places, some get -1. Tokens
+    places among the tokens (int32, -1 stays -1); where there are more first targets than places,
+    some get -1, and all others are taken to be first targets of other places. Tokens
     of larger weight are drawn more often, and the drawn ones stand for those left out, so that the
     sum of all exp(logits) is expected to be that over the vocabulary: priority sampling (Duffield,
     Lund and Thorup 2007). Jean et al. 2015 trained on parts of the vocabulary before. Every
     micro-batch draws its own, so that the size of micro-batches and the number of ranks change what
     is drawn, though not what is expected.
     """
-    is_target = torch.zeros_like(log_weights_V).index_fill(0, targets_N.long(), 1.0)
+    is_target = torch.zeros_like(log_weights_V).index_fill(0, targets_NK[:, 0].long(), 1.0)
     chance = torch.rand_like(is_target).clamp_min(1e-8)
     priority = (log_weights_V - chance.log() + 1e4 * is_target).sort(descending=True)
     tokens = priority.indices[:size]
@@ -1234,7 +1252,7 @@ def sample_vocabulary(targets_N, log_weights_V, size: int) -> tuple[Tensor, Tens
     offsets = (left_out - log_weights_V[tokens]).clamp_min(0) * (1 - is_target[tokens])
     place = torch.arange(size, dtype=torch.int32, device=tokens.device)
     places = place.new_full(is_target.shape, -1).index_copy(0, tokens, place)
-    return tokens, offsets, places[targets_N.long()]
+    return tokens, offsets, places[targets_NK.clamp_min(0).long()].where(targets_NK >= 0, -1)
 
 
 def split(size: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -1246,24 +1264,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     micro-batch, the largest tensor of the run by far, never exist."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, offsets_V, args):
+    def forward(ctx, x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args):
         fp8, dtype, vocab_size = args.fp8_head, x_ND.dtype, len(weight_VD)
         weight = pad_vocabulary(weight_VD.to(dtype))
         weight = float8(weight) if fp8 else weight
         weight_T = weight.T
-        # Capped logits have gradients between -1 and 1; times 2^15, few are too small for 8 bits.
-        scale, grad_dtype = (2.0**15, torch.float8_e5m2) if fp8 else (1.0, dtype)
-        settings = offsets_V, vocab_size, args.logit_softcap, scale, grad_dtype
+        # Capped logits have gradients between -2 and 2; times 2^14, few are too small for 8 bits.
+        scale, grad_dtype = (2.0**14, torch.float8_e5m2) if fp8 else (1.0, dtype)
+        settings = ahead_K, offsets_V, vocab_size, args.logit_softcap, scale, grad_dtype
         losses_and_gradients = cross_entropy
         if args.triton_kernels and args.logit_softcap:
             from triton_kernels import capped_cross_entropy as losses_and_gradients
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_weight, grad_x = torch.zeros_like(weight_VD), []
-        for x, targets in split(args.loss_chunk_size, x_ND, targets_N):
+        for x, targets in split(args.loss_chunk_size, x_ND, targets_NK):
             x = float8(x, x.size(-1) ** 0.5) if fp8 else x
-            losses, grad = losses_and_gradients(product(x, weight, dtype), targets, *settings)
+            losses, grad, *transposed = losses_and_gradients(
+                product(x, weight, dtype), targets, *settings)
             total = total + losses.sum()
-            grad = Float8(grad, x.scale.new_full((), 1 / scale)) if fp8 else grad
+            grad = Float8(grad, x.scale.new_full((), 1 / scale), *transposed) if fp8 else grad
             grad_x.append(product(grad, weight_T, dtype, is_gradient=True))
             grad_weight.add_(product(grad.T, x.T, torch.float32 if fp8 else dtype,
                                      is_gradient=True)[:vocab_size])
@@ -1274,27 +1293,30 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
         grad_x = (grad_loss * grad_x).type_as(grad_x)
-        return grad_x, grad_loss * grad_weight, None, None, None
+        return grad_x, grad_loss * grad_weight, None, None, None, None
 
 
 def cross_entropy(
-    logits_NV, targets_N, offsets_V, vocab_size: int, softcap: float, scale: float, dtype
+    logits_NV, targets_NK, ahead_K, offsets_V, vocab_size: int, softcap: float, scale: float, dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropies (N,) of the capped logits, and their gradients (N, V) times `scale`.
+    """Cross entropies (N,) of the capped logits and the first target, and gradients (N, V).
 
-    `offsets_V`, if any, are added to the capped logits. A target of -1 has loss and gradient 0. The
-    columns from `vocab_size` on are padding, with gradient 0. On a CPU, new memory costs more than
-    the arithmetic, hence the operations in place. The plain twin of a Triton kernel.
+    The gradients are those of all K targets, weighted by `ahead_K`, times `scale`. `offsets_V`, if
+    any, are added to the capped logits. A target of -1 has loss and gradient 0. The columns from
+    `vocab_size` on are padding, with gradient 0. On a CPU, new memory costs more than the
+    arithmetic, hence the operations in place. The plain twin of a Triton kernel.
     """
     z = capped(logits_NV[:, :vocab_size], softcap)
     y = z if offsets_V is None else z + offsets_V
-    total, has_target = log_total(y, softcap), (targets_N >= 0)[:, None]
-    losses = (total - pick(y, targets_N.clamp_min(0))) * has_target
-    vocabulary = torch.arange(vocab_size, device=z.device)
-    grad = (y - total).exp_().sub_((vocabulary == targets_N[:, None]).float())
+    total, has_target = log_total(y, softcap), targets_NK >= 0
+    losses = (total - pick(y, targets_NK[:, :1].clamp_min(0))) * has_target[:, :1]
+    vocabulary, weights_NK = torch.arange(vocab_size, device=z.device), ahead_K * has_target
+    grad = (y - total).exp_().mul_(weights_NK.sum(1, keepdim=True))
+    for k, weight in enumerate(ahead_K.unbind()):
+        grad.sub_((vocabulary == targets_NK[:, k : k + 1]) * weight)
     if softcap:
         grad.mul_(z.div_(softcap).square_().neg_().add_(1))
-    grad = grad.mul_(scale * has_target).to(dtype)
+    grad = grad.mul_(scale).to(dtype)
     return losses[:, 0], F.pad(grad, (0, logits_NV.size(1) - vocab_size))
 
 
@@ -1313,8 +1335,8 @@ def log_total(z_NV: Tensor, softcap: float) -> Tensor:
     return torch.logsumexp(z_NV, dim=-1, keepdim=True)
 
 
-def pick(z_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return z_NV.gather(1, targets_N.long()[:, None])
+def pick(z_NV: Tensor, targets_N1: Tensor) -> Tensor:
+    return z_NV.gather(1, targets_N1.long())
 
 
 def pad_vocabulary(weight_VD: Tensor) -> Tensor:
@@ -1586,6 +1608,17 @@ def samples_vocabulary(step: int, args: Hyperparameters) -> bool:
     """
     return (0 < args.sampled_vocab < args.vocab_size
             and step < round((1 - args.whole_vocab_frac) * args.train_steps))
+
+
+def ahead_weights(step: int, args: Hyperparameters) -> list[float]:
+    """What the next `tokens_ahead` tokens weigh in the loss: 1, and powers of 1/2 that fall to 0.
+
+    The last of them falls in the first third of the run, the one before it in the second, and so
+    on. Predicting several tokens is from Gloeckle et al. 2024, with one head for all of them, and
+    for a while only, from the modded-nanogpt speedrun (record 53).
+    """
+    thirds, count = 3 * step / args.train_steps, args.tokens_ahead
+    return [1.0] + [0.5**k * min(1.0, max(0.0, count - k - thirds)) for k in range(1, count)]
 
 
 def attention_windows(step: int, args: Hyperparameters) -> tuple[int, int]:
@@ -2004,12 +2037,14 @@ def train_step(
     """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
     set_schedules(optimizers, step, args)
     windows, sampled = attention_windows(step, args), samples_vocabulary(step, args)
+    ahead_K = torch.tensor(ahead_weights(step, args), pin_memory=ranks.device.type == "cuda")
+    ahead_K = ahead_K.to(ranks.device, non_blocking=True)
     total = torch.zeros((), device=ranks.device)
     for batch in batches:
         # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
         # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
-            loss = model(batch.to(ranks.device), windows, sampled)
+            loss = model(batch.to(ranks.device), windows, sampled, ahead_K)
             loss.backward()
         total += loss.detach()
     for optimizer in optimizers:

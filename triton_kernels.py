@@ -22,8 +22,8 @@ def _tanh(x, INTERPRETED: tl.constexpr):
 @triton.jit
 def _losses(
     logits, targets, offsets, losses, log_totals, softcap: tl.constexpr, vocab_size: tl.constexpr,
-    row_stride: tl.constexpr, HAS_OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    row_stride: tl.constexpr, num_targets: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):
     """A program does a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -39,7 +39,7 @@ def _losses(
             z += tl.load(offsets + start + columns, mask=inside, other=0.0)
         total += tl.where(inside, tl.exp(z), 0.0)
     log_total = tl.log(tl.sum(total, 0))
-    target = tl.load(targets + row)
+    target = tl.load(targets + row * num_targets)
     column = tl.maximum(target, 0)
     loss = log_total - softcap * _tanh(tl.load(logits + column).to(tl.float32) * (1 / softcap),
                                        INTERPRETED)
@@ -51,61 +51,77 @@ def _losses(
 
 @triton.jit
 def _gradients(
-    logits, targets, offsets, log_totals, grad, scale: tl.constexpr, softcap: tl.constexpr,
-    vocab_size: tl.constexpr, num_rows: tl.constexpr, row_stride: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    logits, targets, ahead, offsets, log_totals, grad, grad_T, scale: tl.constexpr,
+    softcap: tl.constexpr, vocab_size: tl.constexpr, num_rows: tl.constexpr,
+    row_stride: tl.constexpr, num_targets: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    SIDE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):
     """A program does a tile. Offsets from the tile's corner fit 32 bits, which are faster."""
-    first_row = tl.program_id(1).to(tl.int64) * ROWS
-    first_column = tl.program_id(0) * COLUMNS
-    row = tl.arange(0, ROWS)[:, None]
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    first_row = tl.program_id(1).to(tl.int64) * SIDE
+    first_column = tl.program_id(0) * SIDE
+    row = tl.arange(0, SIDE)[:, None]
+    column = first_column + tl.arange(0, SIDE)[None, :]
     corner, offset = first_row * row_stride, row * row_stride + column
     is_row = row < num_rows - first_row
     inside = is_row & (column < row_stride)
     x = tl.load(logits + corner + offset, mask=inside, other=0.0).to(tl.float32)
     log_total = tl.load(log_totals + first_row + row, mask=is_row, other=0.0)
-    target = tl.load(targets + first_row + row, mask=is_row, other=0)
     if HAS_OFFSETS:
         log_total -= tl.load(offsets + column, mask=column < vocab_size, other=0.0)
     t = _tanh(x * (1 / softcap), INTERPRETED)
-    g = tl.exp(softcap * t - log_total) - tl.where(column == target, 1.0, 0.0)
-    g = tl.where((column < vocab_size) & (target >= 0), g * (1 - t * t) * scale, 0.0)
-    tl.store(grad + corner + offset, g.to(grad.dtype.element_ty), mask=inside)
+    total_weight = tl.zeros((SIDE, 1), tl.float32)
+    on_target = tl.zeros((SIDE, SIDE), tl.float32)
+    for k in tl.static_range(num_targets):
+        target = tl.load(targets + (first_row + row) * num_targets + k, mask=is_row, other=-1)
+        weight = tl.load(ahead + k)
+        total_weight += tl.where(target >= 0, weight, 0.0)
+        on_target += tl.where(column == target, weight, 0.0)
+    g = tl.exp(softcap * t - log_total) * total_weight - on_target
+    g = tl.where(column < vocab_size, g * (1 - t * t) * scale, 0.0).to(grad.dtype.element_ty)
+    tl.store(grad + corner + offset, g, mask=inside)
+    if grad_T is not None:
+        grad_T.store([first_column, first_row.to(tl.int32)], g.T)
 
 
 @torch.library.custom_op("speedrun::capped_cross_entropy", mutates_args=())
 def capped_cross_entropy(
-    logits_NV: Tensor, targets_N: Tensor, offsets_V: Tensor | None, vocab_size: int,
-    softcap: float, scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Cross entropies (N,) of softcap * tanh(logits / softcap), and their gradients times `scale`.
+    logits_NV: Tensor, targets_NK: Tensor, ahead_K: Tensor, offsets_V: Tensor | None,
+    vocab_size: int, softcap: float, scale: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the plain twin, `cross_entropy`, returns, and gradients of 8 bits also transposed.
 
-    The logits have any float type; their columns from `vocab_size` on are padding, with gradient 0.
-    `offsets_V`, if any, float32, are added to the capped logits. A target of -1 has loss and
-    gradient 0. The softcap is 70 at most, so that exp(softcap) * vocab_size is a float32. Losses
-    are float32, gradients (N, V) of `dtype`. Reads the logits twice and writes the gradients once,
-    in about a third of the time that torch.compile takes for the plain twin, `cross_entropy`.
+    Cross entropies (N,) of softcap * tanh(logits / softcap) and the first target; the gradients
+    (N, V) of all targets, weighted by `ahead_K`, times `scale`; and those as (V, N), if they have 8
+    bits, when N has to be a multiple of 16. The logits have any float type, targets are int32, and
+    `ahead_K` and offsets float32. The softcap is 70 at most, so that exp(softcap) * vocab_size is a
+    float32. Reads the logits twice and writes the gradients once, in about a third of the time that
+    torch.compile takes for the twin.
     """
     logits_NV = logits_NV.contiguous()
     num_rows, row_stride = logits_NV.shape
-    losses, log_totals = (torch.empty_like(targets_N, dtype=torch.float32) for _ in range(2))
+    num_targets = targets_NK.size(1)
+    targets_NK = targets_NK.contiguous()
+    losses, log_totals = (logits_NV.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     _losses[(num_rows,)](
-        logits_NV, targets_N, offsets_V, losses, log_totals, softcap, vocab_size, row_stride,
-        offsets_V is not None, BLOCK=2048, INTERPRETED=INTERPRETED, num_warps=4)
+        logits_NV, targets_NK, offsets_V, losses, log_totals, softcap, vocab_size, row_stride,
+        num_targets, offsets_V is not None, BLOCK=2048, INTERPRETED=INTERPRETED, num_warps=4)
     grad = torch.empty_like(logits_NV, dtype=dtype)
-    ROWS = COLUMNS = 64
-    _gradients[triton.cdiv(row_stride, COLUMNS), triton.cdiv(num_rows, ROWS)](
-        logits_NV, targets_N, offsets_V, log_totals, grad, scale, softcap, vocab_size, num_rows,
-        row_stride, offsets_V is not None, ROWS, COLUMNS, INTERPRETED=INTERPRETED, num_warps=4)
-    return losses, grad
+    grad_T = grad.new_empty((row_stride, num_rows) if dtype.itemsize == 1 else 0)
+    SIDE = 64
+    out_T = TensorDescriptor.from_tensor(grad_T, [SIDE, SIDE]) if len(grad_T) else None
+    _gradients[triton.cdiv(row_stride, SIDE), triton.cdiv(num_rows, SIDE)](
+        logits_NV, targets_NK, ahead_K, offsets_V, log_totals, grad, out_T, scale, softcap,
+        vocab_size, num_rows, row_stride, num_targets, offsets_V is not None, SIDE,
+        INTERPRETED=INTERPRETED, num_warps=4)
+    return losses, grad, grad_T
 
 
 @capped_cross_entropy.register_fake
-def _(logits_NV, targets_N, offsets_V, vocab_size, softcap, scale, dtype):
-    losses = torch.empty_like(targets_N, dtype=torch.float32)
-    return losses, logits_NV.new_empty(logits_NV.shape, dtype=dtype)
+def _(logits_NV, targets_NK, ahead_K, offsets_V, vocab_size, softcap, scale, dtype):
+    num_rows, row_stride = logits_NV.shape
+    grad_T = logits_NV.new_empty((row_stride, num_rows) if dtype.itemsize == 1 else 0, dtype=dtype)
+    return (logits_NV.new_empty(num_rows, dtype=torch.float32),
+            logits_NV.new_empty(logits_NV.shape, dtype=dtype), grad_T)
 
 
 @triton.jit

@@ -161,7 +161,8 @@ ATTENTION_NAME = re.compile("attention|attn|flash|fmha|sdpa", re.IGNORECASE)
 LOSS_NAME = re.compile("cross_?entropy|capped_|nll_loss|log_?softmax|logsumexp", re.IGNORECASE)
 MATRIX_KERNEL = re.compile("gemm|gemv|nvjet|cutlass|xmma|cublas|split_?k|matmul|triton_tem|linear",
                            re.IGNORECASE)
-MATRIX_OP = re.compile(r"(.*::)?_?(mm|addmm|bmm|baddbmm|matmul|linear|scaled_mm\w*|grouped_mm)")
+MATRIX_OP = re.compile(
+    r"(.*::)?_?(mm|addmm|bmm|baddbmm|matmul|(\w+_)?linear|scaled_mm\w*|grouped_mm)")
 COPY_OP = re.compile(
     r"aten::(copy_|_to_copy|clone|contiguous|cat|fill_|zero_|zeros|full)|.*::transposed?")
 COPY_KERNEL = re.compile(

@@ -241,11 +241,11 @@ class Recorder:
     def __init__(self, model):
         self.model, self.calls = model, []
 
-    def __call__(self, batch, windows, sampled=False):
+    def __call__(self, batch, windows, sampled=False, ahead_K=None):
         kind = "val" if not torch.is_grad_enabled() else "sampled" if sampled else "train"
         self.calls.append((kind, tuple(batch.inputs_BT.shape), batch.max_length, windows))
         assert batch.inputs_BT.max() < self.model.args.vocab_size
-        return self.model(batch, windows, sampled)
+        return self.model(batch, windows, sampled, ahead_K)
 
 
 def test_the_warm_up_runs_the_shapes_and_windows_of_training_and_validation():

@@ -36,7 +36,7 @@ OTHER = dict(
     adam_beta1="0.7", adam_beta2="0.99", adam_eps="1e-7", weight_decay="0.01", train_steps="9",
     warmup_frac="0.1", cooldown_frac="0.2", final_lr_frac="0.3", dtype="bfloat16",
     residual_dtype="bfloat16", loss_chunk_size="32", sampled_vocab="30000", whole_vocab_frac="0.1",
-    attention="sdpa", fp8_head="true", fp8_blocks="true", fp8_gradients="true",
+    tokens_ahead="2", attention="sdpa", fp8_head="true", fp8_blocks="true", fp8_gradients="true",
     triton_kernels="true", compile="true", kernel_warmup="true", val_loss_every="3", log_every="7",
     log_dir="there", log_wandb="true", wandb_project="project", wandb_name="name",
 )
@@ -241,12 +241,15 @@ def test_8_bit_floats_need_sizes_that_are_multiples_of_16(switch, name, value, f
     parse_hyperparameters([*SMALL, f"--{name}", str(fits), f"--{switch}"])
 
 
+EIGHT_BITS = ["fp8_head", "fp8_blocks", "fp8_gradients"]
+
+
 @pytest.mark.parametrize("capability, triton, off", [
-    ((9, 0), True, []), ((8, 9), True, []),
-    ((9, 0), False, ["fp8_head", "fp8_blocks", "triton_kernels"]),
-    ((8, 0), True, ["fp8_head", "fp8_blocks"]), ((7, 5), True, ["fp8_head", "fp8_blocks"]),
-    ((7, 0), True, ["fp8_head", "fp8_blocks", "triton_kernels"]),
-    (None, True, ["fp8_head", "fp8_blocks", "triton_kernels"]),
+    ((9, 0), True, []), ((10, 0), True, []), ((8, 9), True, EIGHT_BITS[2:]),
+    ((12, 0), True, EIGHT_BITS[2:]), ((9, 0), False, [*EIGHT_BITS, "triton_kernels"]),
+    ((8, 0), True, EIGHT_BITS), ((7, 5), True, EIGHT_BITS),
+    ((7, 0), True, [*EIGHT_BITS, "triton_kernels"]),
+    (None, True, [*EIGHT_BITS, "triton_kernels"]),
 ])
 def test_what_a_device_cannot_run_is_switched_off_by_name(monkeypatch, capability, triton, off):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -28,18 +28,20 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [3.0, 15.0])
+@pytest.mark.parametrize("num_targets", [1, 3])
 @pytest.mark.parametrize("has_offsets", [False, True])
 @pytest.mark.parametrize("num_rows, vocab_size, padded",
                          [(1, 7, 7), (65, 130, 192), (3, 4100, 4160)])
 def test_the_losses_and_gradients_equal_the_twins(
-    num_rows, vocab_size, padded, has_offsets, softcap, dtype
+    num_rows, vocab_size, padded, num_targets, has_offsets, softcap, dtype
 ):
     logits = (6 * torch.randn(num_rows, padded, device=DEVICE)).to(dtype)
-    targets = torch.randint(vocab_size, (num_rows,), device=DEVICE).int()
-    targets[1:2] = -1  # no target
+    targets = torch.randint(vocab_size, (num_rows, num_targets), device=DEVICE).int()
+    targets[1:2], targets[:, 2:] = -1, -1  # no target
+    ahead = torch.tensor([1.0, 0.5, 0.25], device=DEVICE)[:num_targets]
     offsets = 3 * torch.rand(vocab_size, device=DEVICE) if has_offsets else None
-    settings = offsets, vocab_size, softcap, 3.0, torch.float32
-    losses, grad = triton_kernels.capped_cross_entropy(logits, targets, *settings)
+    settings = ahead, offsets, vocab_size, softcap, 3.0, torch.float32
+    losses, grad, _ = triton_kernels.capped_cross_entropy(logits, targets, *settings)
     expected, expected_grad = train_gpt.cross_entropy(logits.clone(), targets, *settings)
     torch.testing.assert_close(losses, expected, atol=softcap * TOLERANCE, rtol=1e-5)
     assert relative_error(grad, expected_grad) < TOLERANCE
@@ -49,23 +51,26 @@ def test_the_losses_and_gradients_equal_the_twins(
 @pytest.mark.parametrize("logit", [-1e4, 0.0, 1e4])
 def test_neither_end_of_the_largest_cap_overflows(logit):
     logits = torch.full((2, 320), logit, device=DEVICE)
-    targets = torch.tensor([0, 299], device=DEVICE).int()
+    targets = torch.tensor([[0], [299]], device=DEVICE).int()
     for function in (triton_kernels.capped_cross_entropy, train_gpt.cross_entropy):
-        losses, grad = function(logits.clone(), targets, None, 300, 70.0, 1.0, torch.float32)
+        losses, grad, *_ = function(logits.clone(), targets, torch.ones(1, device=DEVICE), None,
+                                    300, 70.0, 1.0, torch.float32)
         assert losses.tolist() == pytest.approx([math.log(300)] * 2, rel=1e-4)
         assert grad.isfinite().all()
 
 
 @rounds_to_8_bits
 def test_gradients_in_8_bits_are_those_in_32_rounded():
-    logits = 6 * torch.randn(40, 128, device=DEVICE)
-    targets = torch.randint(100, (40,), device=DEVICE).int()
+    logits = 6 * torch.randn(208, 192, device=DEVICE)
+    targets = torch.randint(100, (208, 2), device=DEVICE).int()
+    ahead = torch.tensor([1.0, 0.5], device=DEVICE)
     whole, short = (
-        triton_kernels.capped_cross_entropy(logits, targets, None, 100, 15.0, 2.0**15, dtype)
+        triton_kernels.capped_cross_entropy(logits, targets, ahead, None, 100, 15.0, 2.0**14, dtype)
         for dtype in (torch.float32, torch.float8_e5m2))
     assert torch.equal(whole[0], short[0])
     assert torch.equal(whole[1].to(torch.float8_e5m2).float(), short[1].float())
     assert 0 < relative_error(short[1].float(), whole[1]) < 0.1
+    assert torch.equal(short[1].float().T, short[2].float())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 48), (128, 128), (130, 300)])
@@ -121,11 +126,12 @@ def test_a_whole_head_equals_the_plain_head_forward_and_backward(fp8_head):
         generator = torch.Generator(DEVICE).manual_seed(1)
         x, weight = (torch.randn(shape, generator=generator, device=DEVICE)
                      for shape in ((96, 64), (131, 64)))
-        targets = torch.randint(131, (96,), generator=generator, device=DEVICE).int()
+        targets = torch.randint(131, (96, 3), generator=generator, device=DEVICE).int()
+        ahead = torch.tensor([1.0, 0.5, 0.25], device=DEVICE)
         x = train_gpt.norm(x, 1e-6)
         x = (x.bfloat16() if DEVICE == "cuda" else x).requires_grad_()
         weight.requires_grad_()
-        loss = train_gpt.linear_cross_entropy(x, weight, targets, None, args)
+        loss = train_gpt.linear_cross_entropy(x, weight, targets, ahead, None, args)
         found.append([loss.detach(), *torch.autograd.grad(loss / 7, (x, weight))])
     for plain, fused in zip(*found, strict=True):
         assert relative_error(fused, plain) < TOLERANCE

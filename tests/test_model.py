@@ -291,7 +291,12 @@ def test_every_fourth_layer_and_the_last_look_back_far_and_the_others_little(
 
 def our_cross_entropy(x, weight, targets, softcap, chunk_size, offsets=None, **switches):
     args = tiny_args(logit_softcap=softcap, loss_chunk_size=chunk_size, **switches)
-    return linear_cross_entropy(x, weight, targets, offsets, args)
+    return linear_cross_entropy(x, weight, targets[:, None], torch.ones(1), offsets, args)
+
+
+def sample(targets, log_weights, size):
+    tokens, offsets, places = sample_vocabulary(targets[:, None], log_weights, size)
+    return tokens, offsets, places[:, 0]
 
 
 def reference_cross_entropy(x, weight, targets, softcap):
@@ -352,7 +357,7 @@ def test_a_sample_holds_every_target_once_and_stands_for_the_whole_vocabulary():
     targets = torch.tensor([5, 9, 5, 290, 0]).int()
     drawn, factors = set(), []
     for _ in range(600):
-        tokens, offsets, places = sample_vocabulary(targets, torch.zeros(300), 12)
+        tokens, offsets, places = sample(targets, torch.zeros(300), 12)
         assert len(set(tokens.tolist())) == 12 and places.dtype == torch.int32
         assert torch.equal(tokens[places.long()], targets.long())
         is_target = torch.isin(tokens, targets)
@@ -369,7 +374,7 @@ def test_the_expected_sum_over_a_sample_is_the_sum_over_the_vocabulary(spread):
     exp_logits, targets = torch.rand(300) * 5, torch.tensor([3, 4]).int()
     weights, sums = spread * torch.randn(300), []
     for _ in range(4_000):
-        tokens, offsets, _ = sample_vocabulary(targets, weights, 100)
+        tokens, offsets, _ = sample(targets, weights, 100)
         sums.append((exp_logits[tokens] * offsets.exp()).sum())
     error = torch.stack(sums).std().item() / len(sums) ** 0.5
     expected = exp_logits.sum().item()
@@ -381,7 +386,7 @@ def test_tokens_of_larger_weight_are_drawn_more_often_and_then_count_less():
     weights, counts = torch.zeros(300), torch.zeros(300)
     weights[100:200] = math.log(10)
     for _ in range(200):
-        tokens, offsets, _ = sample_vocabulary(torch.tensor([0]).int(), weights, 61)
+        tokens, offsets, _ = sample(torch.tensor([0]).int(), weights, 61)
         counts[tokens] += 1
         heavy = (tokens >= 100) & (tokens < 200)
         light = ~heavy & (tokens != 0)
@@ -397,7 +402,7 @@ def test_a_sample_by_frequency_comes_nearer_to_the_whole_loss():
     for weights in (torch.zeros(2_000), bias):
         found = []
         for _ in range(100):
-            tokens, offsets, _ = sample_vocabulary(targets, weights, 200)
+            tokens, offsets, _ = sample(targets, weights, 200)
             found.append((logits[:, tokens] + offsets).logsumexp(-1) - logits.logsumexp(-1))
         errors.append(torch.stack(found).square().mean().sqrt())
     assert errors[1] < errors[0] / 2
@@ -409,7 +414,7 @@ def test_a_sampled_loss_is_the_cross_entropy_over_the_sample(softcap, chunk_size
     x, weight = 4 * torch.randn(40, 16), torch.randn(91, 16)
     targets = torch.randint(91, (40,)).int()
     leaves = x.requires_grad_(), weight.requires_grad_()
-    tokens, offsets, places = sample_vocabulary(targets, torch.randn(91), 60)
+    tokens, offsets, places = sample(targets, torch.randn(91), 60)
     logits = x.double() @ weight.double()[tokens].T
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = F.cross_entropy(logits + offsets, places.long(), reduction="sum")
@@ -422,13 +427,47 @@ def test_a_sampled_loss_is_the_cross_entropy_over_the_sample(softcap, chunk_size
 
 def test_targets_that_find_no_place_in_a_sample_have_neither_loss_nor_gradient():
     x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(99, 8)
-    tokens, offsets, places = sample_vocabulary(torch.arange(30).int(), torch.zeros(99), 20)
+    tokens, offsets, places = sample(torch.arange(30).int(), torch.zeros(99), 20)
     kept = places >= 0
     assert kept.sum() == 20
     loss = our_cross_entropy(x, weight[tokens], places, 15.0, 30, offsets)
     same = our_cross_entropy(x[kept], weight[tokens], places[kept], 15.0, 30, offsets)
     torch.testing.assert_close(loss, same)
     assert torch.equal(torch.autograd.grad(loss, x)[0].any(-1), kept)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("chunk_size", [7, 1000])
+def test_the_gradient_is_that_of_all_tokens_ahead_and_the_loss_that_of_the_next(
+    softcap, chunk_size
+):
+    x, weight = (4 * torch.randn(48, 16)).requires_grad_(), torch.randn(91, 16, requires_grad=True)
+    targets, ahead = torch.randint(91, (2, 24)).int(), torch.tensor([1.0, 0.5, 0.125])
+    logits = x @ weight.T
+    logits = (softcap * torch.tanh(logits / softcap) if softcap else logits).view(2, 24, 91)
+    losses = [F.cross_entropy(logits[:, : 24 - k].flatten(0, 1), targets[:, k:].flatten().long(),
+                              reduction="sum") for k in range(3)]
+    expected = sum(w * loss for w, loss in zip(ahead, losses, strict=True))
+    args = tiny_args(logit_softcap=softcap, loss_chunk_size=chunk_size)
+    loss = linear_cross_entropy(x, weight, train_gpt.next_tokens(targets, 3), ahead, None, args)
+    torch.testing.assert_close(loss, losses[0])
+    for got, wanted in zip(*(torch.autograd.grad(y, (x, weight)) for y in (loss, expected)),
+                           strict=True):
+        torch.testing.assert_close(got, wanted, atol=5e-5, rtol=1e-4)
+
+
+def test_the_next_tokens_end_with_their_row():
+    targets = torch.tensor([[1, 2, 3], [4, 5, 6]]).int()
+    assert train_gpt.next_tokens(targets, 3).tolist() == [
+        [1, 2, 3], [2, 3, -1], [3, -1, -1], [4, 5, 6], [5, 6, -1], [6, -1, -1]]
+
+
+def test_a_sample_keeps_the_tokens_ahead_and_the_ends_of_rows():
+    targets = torch.randint(500, (2, 30)).int()
+    ahead = train_gpt.next_tokens(targets, 3)
+    tokens, _, places = sample_vocabulary(ahead, torch.zeros(500), 80)
+    assert torch.equal(places < 0, ahead < 0)
+    assert torch.equal(tokens[places.long()][places >= 0], ahead[ahead >= 0].long())
 
 
 def test_a_model_that_samples_moves_the_sampled_rows_of_its_head_alone():

@@ -255,7 +255,8 @@ OPTIMIZERS = {
     "muon": dict(optimizer="muon"),
     "adam": dict(optimizer="adam"),
     "normuon": dict(optimizer="muon", muon_beta2=0.9, key_offset=True, bigram_rows=31,
-                    bigram_lr=0.05, batch_stages="512,1024", train_steps=3),
+                    bigram_lr=0.05, batch_stages="512,1024", tokens_ahead=3,
+                    train_steps=3),
 }
 
 
@@ -357,6 +358,21 @@ def test_a_step_reports_the_mean_loss_and_takes_the_gradient_of_it():
     for got, expected in zip(seen, gradients, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-4)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_tokens_further_ahead_move_the_weights_early_and_not_late():
+    """Adam's first step has the size of the rate, so that only its direction can differ."""
+    moved = {}
+    for count in (1, 3):
+        for step in (0, 9):
+            args = tiny_args(optimizer="adam", tokens_ahead=count, train_steps=10, **LRS)
+            model, batch = build(args), random_batch(args, rows=8)
+            loss = train_step(model, build_optimizers(model, args), [batch], step, args, ONE_RANK)
+            moved[count, step] = loss, model.blocks[0].mlp.up.detach().clone()
+    for step in (0, 9):
+        assert moved[1, step][0] == moved[3, step][0]  # the loss is that of the next token
+    assert not torch.allclose(moved[1, 0][1], moved[3, 0][1], atol=1e-4)
+    assert torch.allclose(moved[1, 9][1], moved[3, 9][1], atol=1e-6)
 
 
 def test_training_lowers_the_loss():

@@ -6,6 +6,7 @@ import pytest
 from conftest import baseline_args, build, tiny_args
 
 from train_gpt import (
+    ahead_weights,
     attention_windows,
     build_optimizers,
     lr_multiplier,
@@ -100,6 +101,18 @@ def test_all_steps_but_the_last_share_sample_the_vocabulary(size, whole_vocab_fr
                                whole_vocab_frac=whole_vocab_frac)
     sampled = [samples_vocabulary(step, args) for step in range(40)]
     assert sampled == [True] * sampled_steps + [False] * (40 - sampled_steps)
+
+
+def test_the_tokens_ahead_lose_their_weight_one_after_the_other_from_the_last_on():
+    args = dataclasses.replace(MODERN, train_steps=60, tokens_ahead=3)
+    weights = {step: ahead_weights(step, args) for step in range(60)}
+    assert weights[0] == [1.0, 0.5, 0.25]
+    assert weights[10] == [1.0, 0.5, 0.125]
+    assert weights[20] == [1.0, 0.5, 0.0]
+    assert weights[30] == [1.0, 0.25, 0.0]
+    assert all(weights[step] == [1.0, 0.0, 0.0] for step in range(40, 60))
+    assert ahead_weights(5, dataclasses.replace(args, tokens_ahead=1)) == [1.0]
+    assert ahead_weights(10, dataclasses.replace(args, tokens_ahead=2)) == [1.0, 0.25]
 
 
 def test_windows_grow_in_multiples_from_their_start_to_their_end():
