@@ -51,7 +51,7 @@ def _losses(
 
 @triton.jit
 def _gradients(
-    logits, targets, ahead, offsets, log_totals, grad, grad_T, scale: tl.constexpr,
+    logits, targets, ahead, offsets, log_totals, grad, scale: tl.constexpr,
     softcap: tl.constexpr, vocab_size: tl.constexpr, num_rows: tl.constexpr,
     row_stride: tl.constexpr, num_targets: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     SIDE: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -77,25 +77,22 @@ def _gradients(
         total_weight += tl.where(target >= 0, weight, 0.0)
         on_target += tl.where(column == target, weight, 0.0)
     g = tl.exp(softcap * t - log_total) * total_weight - on_target
-    g = tl.where(column < vocab_size, g * (1 - t * t) * scale, 0.0).to(grad.dtype.element_ty)
-    tl.store(grad + corner + offset, g, mask=inside)
-    if grad_T is not None:
-        grad_T.store([first_column, first_row.to(tl.int32)], g.T)
+    g = tl.where(column < vocab_size, g * (1 - t * t) * scale, 0.0)
+    tl.store(grad + corner + offset, g.to(grad.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("speedrun::capped_cross_entropy", mutates_args=())
 def capped_cross_entropy(
     logits_NV: Tensor, targets_NK: Tensor, ahead_K: Tensor, offsets_V: Tensor | None,
     vocab_size: int, softcap: float, scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the plain twin, `cross_entropy`, returns, and gradients of 8 bits also transposed.
+) -> tuple[Tensor, Tensor]:
+    """What the plain twin, `cross_entropy`, returns.
 
-    Cross entropies (N,) of softcap * tanh(logits / softcap) and the first target; the gradients
-    (N, V) of all targets, weighted by `ahead_K`, times `scale`; and those as (V, N), if they have 8
-    bits, when N has to be a multiple of 16. The logits have any float type, targets are int32, and
-    `ahead_K` and offsets float32. The softcap is 70 at most, so that exp(softcap) * vocab_size is a
-    float32. Reads the logits twice and writes the gradients once, in about a third of the time that
-    torch.compile takes for the twin.
+    Cross entropies (N,) of softcap * tanh(logits / softcap) and the first target, and the gradients
+    (N, V) of all targets, weighted by `ahead_K`, times `scale`. The logits have any float type,
+    targets are int32, weights and offsets float32. The softcap is 70 at most, so that exp(softcap)
+    * vocab_size is a float32. Reads the logits twice and writes the gradients once, in about a
+    third of the time that torch.compile takes for the twin.
     """
     logits_NV = logits_NV.contiguous()
     num_rows, row_stride = logits_NV.shape
@@ -106,22 +103,18 @@ def capped_cross_entropy(
         logits_NV, targets_NK, offsets_V, losses, log_totals, softcap, vocab_size, row_stride,
         num_targets, offsets_V is not None, BLOCK=2048, INTERPRETED=INTERPRETED, num_warps=4)
     grad = torch.empty_like(logits_NV, dtype=dtype)
-    grad_T = grad.new_empty((row_stride, num_rows) if dtype.itemsize == 1 else 0)
     SIDE = 64
-    out_T = TensorDescriptor.from_tensor(grad_T, [SIDE, SIDE]) if len(grad_T) else None
     _gradients[triton.cdiv(row_stride, SIDE), triton.cdiv(num_rows, SIDE)](
-        logits_NV, targets_NK, ahead_K, offsets_V, log_totals, grad, out_T, scale, softcap,
+        logits_NV, targets_NK, ahead_K, offsets_V, log_totals, grad, scale, softcap,
         vocab_size, num_rows, row_stride, num_targets, offsets_V is not None, SIDE,
         INTERPRETED=INTERPRETED, num_warps=4)
-    return losses, grad, grad_T
+    return losses, grad
 
 
 @capped_cross_entropy.register_fake
 def _(logits_NV, targets_NK, ahead_K, offsets_V, vocab_size, softcap, scale, dtype):
-    num_rows, row_stride = logits_NV.shape
-    grad_T = logits_NV.new_empty((row_stride, num_rows) if dtype.itemsize == 1 else 0, dtype=dtype)
-    return (logits_NV.new_empty(num_rows, dtype=torch.float32),
-            logits_NV.new_empty(logits_NV.shape, dtype=dtype), grad_T)
+    losses = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
+    return losses, logits_NV.new_empty(logits_NV.shape, dtype=dtype)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, Queue
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from ablation import read_ablation, render
 from attempt import visible_gpus
@@ -91,6 +91,21 @@ def plan_jobs(
     return jobs
 
 
+def lock_plan(plan: Path, log_dir: Path) -> TextIO:
+    """A file in the folder, which this makes, that keeps others from running the same plan there.
+
+    LogError if one does.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(log_dir / f".screening-{plan.stem}", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LogError(f"{plan} is being run in {log_dir} already; wait for it, or stop "
+                       f"it") from None
+    return lock
+
+
 def has_finished(job: Job) -> bool:
     """Whether the job's log is there and whole. One that was cut off makes room, and is kept.
 
@@ -105,7 +120,8 @@ def has_finished(job: Job) -> bool:
     if run is None or not run.is_val[-1] or run.steps[-1] != run.train_steps:
         job.log.rename(job.log.with_suffix(".cut-off"))
         return False
-    if other := [key for key, value in job.settings.items() if run.hyperparameters[key] != value]:
+    given = run.hyperparameters
+    if other := [key for key, value in job.settings.items() if given.get(key) != value]:
         raise LogError(f"{job.log} is that of a run with another {', '.join(other)}; "
                        f"choose another --log_dir")
     return True
@@ -194,11 +210,11 @@ def main() -> int:
         plan = read_plan(args.plan.read_text(encoding="utf-8"))
         seeds = range(args.seed, args.seed + args.seeds)
         jobs = plan_jobs(plan, options, seeds, log_dir)
+        lock = lock_plan(args.plan, log_dir)
         missing = [job for job in jobs if not has_finished(job)]
     except (LogError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    log_dir.mkdir(parents=True, exist_ok=True)
     slots = (visible_gpus() or [""]) * args.per_gpu
     screening = Screening(missing)
 
@@ -214,6 +230,10 @@ def main() -> int:
     for worker in workers:
         worker.result()
     done = [job.log for job in jobs if has_finished(job)]
+    lock.close()
+    if not done:
+        print("no table: not one run has ended well", file=sys.stderr)
+        return 1
     try:
         control = f"{next(iter(plan))}-seed{args.seed}"
         print(f"\n{render(read_ablation(done, control))}", end="")

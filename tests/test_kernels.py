@@ -41,7 +41,7 @@ def test_the_losses_and_gradients_equal_the_twins(
     ahead = torch.tensor([1.0, 0.5, 0.25], device=DEVICE)[:num_targets]
     offsets = 3 * torch.rand(vocab_size, device=DEVICE) if has_offsets else None
     settings = ahead, offsets, vocab_size, softcap, 3.0, torch.float32
-    losses, grad, _ = triton_kernels.capped_cross_entropy(logits, targets, *settings)
+    losses, grad = triton_kernels.capped_cross_entropy(logits, targets, *settings)
     expected, expected_grad = train_gpt.cross_entropy(logits.clone(), targets, *settings)
     torch.testing.assert_close(losses, expected, atol=softcap * TOLERANCE, rtol=1e-5)
     assert relative_error(grad, expected_grad) < TOLERANCE
@@ -53,8 +53,8 @@ def test_neither_end_of_the_largest_cap_overflows(logit):
     logits = torch.full((2, 320), logit, device=DEVICE)
     targets = torch.tensor([[0], [299]], device=DEVICE).int()
     for function in (triton_kernels.capped_cross_entropy, train_gpt.cross_entropy):
-        losses, grad, *_ = function(logits.clone(), targets, torch.ones(1, device=DEVICE), None,
-                                    300, 70.0, 1.0, torch.float32)
+        losses, grad = function(logits.clone(), targets, torch.ones(1, device=DEVICE), None, 300,
+                                70.0, 1.0, torch.float32)
         assert losses.tolist() == pytest.approx([math.log(300)] * 2, rel=1e-4)
         assert grad.isfinite().all()
 
@@ -70,7 +70,6 @@ def test_gradients_in_8_bits_are_those_in_32_rounded():
     assert torch.equal(whole[0], short[0])
     assert torch.equal(whole[1].to(torch.float8_e5m2).float(), short[1].float())
     assert 0 < relative_error(short[1].float(), whole[1]) < 0.1
-    assert torch.equal(short[1].float().T, short[2].float())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 48), (128, 128), (130, 300)])

@@ -104,6 +104,26 @@ def test_a_run_that_fails_leaves_the_others_alone(plan):
     assert re.search(r"^\| `qk_norm`: True -> False \|", done.stdout, re.MULTILINE)
 
 
+def test_without_a_run_that_ended_well_there_is_no_table(plan):
+    plan.write_text("control: --head_lr 1e38\n")
+    done = screen(plan)
+    assert done.returncode == 1
+    assert "no table: not one run has ended well" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_that_is_being_run_is_not_run_twice_in_the_same_folder(plan):
+    plan.write_text("control: --train_steps 400 --model_dim 256\n")
+    process = start(plan)
+    log = plan.parent / "logs" / "control-seed1337.txt"
+    wait_for(process, lambda: log.exists() and "\nstep:1/400 " in log.read_text())
+    again = screen(plan)
+    assert again.returncode == 1 and "is being run in" in again.stderr
+    assert log.exists() and process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+
+
 def test_a_run_waits_for_its_turn_before_its_clock_starts(plan):
     plan.write_text("control:\n")
     log = plan.parent / "logs" / "control-seed1337.txt"
