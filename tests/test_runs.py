@@ -620,15 +620,15 @@ def test_too_few_train_tokens_name_how_many_shards_are_needed(tmp_path):
 
 
 def test_a_run_of_two_epochs_goes_over_its_shards_twice(tmp_path):
-    folder = make_data(tmp_path / "data", train_tokens=4000)
-    short = run_main(tmp_path / "1", f"--data_path={folder}", "--train_steps=70")
-    steps = int(re.search(r"hold (\d+) steps", short.err)[1])
-    epochs = int(re.search(r"--epochs (\d+)", short.err)[1])
-    run = run_main(tmp_path / "2", f"--data_path={folder}", "--train_steps=70",
-                   f"--epochs={epochs}", "--val_loss_every=0")
+    folder = make_data(tmp_path / "data", train_tokens=400)
+    options = [f"--data_path={folder}", "--val_loss_every=0"]
+    with pytest.raises(train_gpt.RunError) as error:
+        train_gpt.plan_data(train_gpt.parse_hyperparameters([*TINY, *options, "--train_steps=99"]))
+    steps = int(re.search(r"hold (\d+) steps", str(error.value))[1])
+    run = run_main(tmp_path, *options, f"--train_steps={steps + 1}", "--epochs=2")
     assert run.status == 0, run.err
-    assert run.val_losses[-1][0] == 70 > steps
-    assert run.log.count("train data: ") == 2  # each shard once
+    assert run.val_losses[-1][0] == steps + 1
+    assert run.log.count("train data: ") == len(list(folder.glob("*train*")))  # each shard once
 
 
 def test_a_shard_that_breaks_during_the_run_stops_it_with_a_message(tmp_path):

@@ -112,18 +112,6 @@ def test_without_a_run_that_ended_well_there_is_no_table(plan):
     assert "Traceback" not in done.stderr
 
 
-def test_a_plan_that_is_being_run_is_not_run_twice_in_the_same_folder(plan):
-    plan.write_text("control: --train_steps 400 --model_dim 256\n")
-    process = start(plan)
-    log = plan.parent / "logs" / "control-seed1337.txt"
-    wait_for(process, lambda: log.exists() and "\nstep:1/400 " in log.read_text())
-    again = screen(plan)
-    assert again.returncode == 1 and "is being run in" in again.stderr
-    assert log.exists() and process.poll() is None
-    os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
-
-
 def test_a_run_waits_for_its_turn_before_its_clock_starts(plan):
     plan.write_text("control:\n")
     log = plan.parent / "logs" / "control-seed1337.txt"
@@ -141,11 +129,13 @@ def test_a_run_waits_for_its_turn_before_its_clock_starts(plan):
     assert seconds < 1.5
 
 
-def test_a_screening_that_is_stopped_stops_its_runs_and_keeps_what_is_done(plan):
+def test_a_screening_runs_once_and_when_stopped_stops_its_runs_and_keeps_what_is_done(plan):
     plan.write_text("control:\nlong: --train_steps 400 --model_dim 256\n")
     process = start(plan)
     long = plan.parent / "logs" / "long-seed1337.txt"
     wait_for(process, lambda: long.exists() and "\nstep:1/400 " in long.read_text())
+    again = screen(plan)
+    assert again.returncode == 1 and "is being run in" in again.stderr
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "control-seed1337: val_loss" in out
