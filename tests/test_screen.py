@@ -75,7 +75,7 @@ def test_every_line_runs_with_every_seed_and_the_table_compares_them_with_the_fi
 
 
 def test_what_is_done_is_not_done_again_and_what_was_cut_off_is(plan):
-    assert screen(plan).returncode == 0
+    assert screen(plan, "--per_gpu", 2).returncode == 0
     whole, cut = (plan.parent / "logs" / f"{name}-seed1337.txt" for name in ("control", "no-norm"))
     before = whole.read_text()
     text = cut.read_text()
@@ -98,7 +98,7 @@ def test_an_option_that_train_gpt_refuses_is_named_before_anything_runs(plan):
 
 def test_a_run_that_fails_leaves_the_others_alone(plan):
     plan.write_text("control:\nbad: --head_lr 1e38\n" + PLAN.splitlines()[2])
-    done = screen(plan)
+    done = screen(plan, "--per_gpu", 2)
     assert done.returncode == 1
     assert "bad-seed1337: ended with exit status 1" in done.stdout
     assert re.search(r"^\| `qk_norm`: True -> False \|", done.stdout, re.MULTILINE)
