@@ -791,9 +791,9 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
         reason = ("8-bit floats need Triton and an Ada, Hopper or newer GPU; 16 bits instead, and "
                   "slower")
         missing |= {"fp8_head": reason, "fp8_blocks": reason}
-    if capability[0] not in (9, 10) or not has_triton:
-        missing["fp8_gradients"] = ("its kernel is made for Hopper, and fits Blackwell's large "
-                                    "GPUs; weight gradients in 16 bits instead, and slower")
+    if capability[0] != 9 or not has_triton:
+        missing["fp8_gradients"] = ("its kernel has been tried on Hopper GPUs only; weight "
+                                    "gradients in 16 bits instead, and slower")
     if not has_triton:
         missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
                                      "instead, and slower")
@@ -948,9 +948,8 @@ class Float8MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
-        *y, x, x_scale, up, up_scale, projection, projection_scale = ctx.saved_tensors
-        y, x, up, projection = (Float8(*y), Float8(x, x_scale), Float8(up, up_scale),
-                                Float8(projection, projection_scale))
+        saved = ctx.saved_tensors
+        y, (x, up, projection) = Float8(*saved[:3]), (Float8(*saved[i : i + 2]) for i in (3, 5, 7))
         grad = float8_gradient(grad_ND, 2.0**10)  # as in Float8Linear
         grad_projection = product(grad.T, y.T, grad_ND.dtype, True)
         grad_h = relu2_linear_gradient(grad, projection.T, y)

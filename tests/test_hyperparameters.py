@@ -245,7 +245,7 @@ EIGHT_BITS = ["fp8_head", "fp8_blocks", "fp8_gradients"]
 
 
 @pytest.mark.parametrize("capability, triton, off", [
-    ((9, 0), True, []), ((10, 0), True, []), ((8, 9), True, EIGHT_BITS[2:]),
+    ((9, 0), True, []), ((10, 0), True, EIGHT_BITS[2:]), ((8, 9), True, EIGHT_BITS[2:]),
     ((12, 0), True, EIGHT_BITS[2:]), ((9, 0), False, [*EIGHT_BITS, "triton_kernels"]),
     ((8, 0), True, EIGHT_BITS), ((7, 5), True, EIGHT_BITS),
     ((7, 0), True, [*EIGHT_BITS, "triton_kernels"]),
