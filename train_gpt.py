@@ -208,7 +208,7 @@ RECORD = dict(
     attention_dim=512, attention_gate=True, key_offset=True, unigram_power=0.5,
     bigram_rows=5 * 50_304, output_mixing=True, matrix_lr=0.025, embed_lr=0.24, bigram_lr=0.5,
     head_lr=0.0033, scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6,
-    adam_beta2=0.99, train_steps=5_000, cooldown_frac=0.55, loss_chunk_size=16_384,
+    adam_beta2=0.99, train_steps=5_500, cooldown_frac=0.55, loss_chunk_size=16_384,
     sampled_vocab=16_000, tokens_ahead=3, fp8_head=True, fp8_blocks=True, fp8_gradients=True,
     triton_kernels=True,
 )
