@@ -159,8 +159,9 @@ def relu2_linear(
               for shape in ((num_rows, num_columns), (num_columns, num_rows)))
     SIDE = 128
     tiles = triton.cdiv(num_rows, SIDE) * triton.cdiv(num_columns, SIDE)
-    programs = 2 * torch.cuda.get_device_properties(x_ND.device).multi_processor_count \
-        if x_ND.is_cuda else 3
+    programs = 3
+    if x_ND.is_cuda:
+        programs = 2 * torch.cuda.get_device_properties(x_ND.device).multi_processor_count
     x, weight, old, out, out_T = (
         TensorDescriptor.from_tensor(tensor, [SIDE, SIDE])
         for tensor in (x_ND, weight_ED, y if old_NE is None else old_NE.contiguous(), y, y_T))
