@@ -70,7 +70,6 @@ class Hyperparameters:
     val_row_length: int = 0  # the same for validation; 0: row_length
     document_masking: bool = True  # pack whole documents into rows; false: cut the stream
     max_document_length: int = 2_048  # tokens of a document that are trained on
-    epochs: int = 1  # passes over the training shards at most, if one is too short
     # Model
     vocab_size: int = 50_257  # tokens
     num_layers: int = 12  # blocks
@@ -332,8 +331,7 @@ def find_problem(args: Hyperparameters) -> str | None:
     """What is wrong with the sizes in `args`, for a person, or None. Knows nothing of ranks."""
     positive = ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
                 "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
-                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead",
-                "epochs")
+                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead")
     for name in positive:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
@@ -626,17 +624,16 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
         raise RunError(f"validation needs {args.val_tokens:,} tokens and one more, but {folder} "
                        f"holds {val_tokens:,} in whole rows; fetch the whole val shard, or lower "
                        f"--val_tokens (not a record)")
-    steps = count_steps(train * args.epochs, args)
+    steps = count_steps(train, args)
     if steps < args.train_steps:
         if steps == 0:
             raise RunError(f"a step of {args.stage_batch_sizes[0]:,} tokens fits in none of the "
                            f"{len(train)} training shards in {folder}; lower --batch_size")
-        passes = math.ceil(args.train_steps * args.epochs / steps)
         needed = math.ceil(args.train_steps * len(train) / steps)
         raise RunError(f"{args.train_steps:,} steps of {args.describe_batch()} tokens need "
                        f"{needed} training shards, but the {len(train)} in {folder} hold "
                        f"{steps:,} steps (a step never crosses a shard); download more: {fetch} "
-                       f"{needed}, read them again with --epochs {passes}, or lower --train_steps")
+                       f"{needed}, or lower --train_steps")
     if both := {shard.sha256 for shard in train} & {shard.sha256 for shard in val}:
         same = [str(shard.path) for shard in train if shard.sha256 in both]
         raise RunError(f"{', '.join(same)} holds the validation tokens; training must not see them")
@@ -2133,8 +2130,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
         log(f"warm-up: undone after {time.perf_counter() - started:.1f}s", console=True)
     else:
         log("warm-up: none")
-    paths = [shard.path for shard in train_shards] * args.epochs
-    batches = prefetch(train_batches(paths, args, ranks))
+    batches = prefetch(train_batches([shard.path for shard in train_shards], args, ranks))
     val_data = [TokenRows(shard.path, args, training=False) for shard in val_shards]
     clock = Clock(ranks.device)
     progress = Progress(args, ranks, log, clock, wandb)

@@ -367,18 +367,6 @@ def test_the_plan_counts_the_steps_of_each_stage(folder):
     assert f"hold {len(steps_of(paths, staged(most + 1)))} steps" in refusal(staged(most + 1))
 
 
-def test_more_epochs_read_the_same_shards_again(folder):
-    paths = sorted(folder.glob("*train*"))
-    one_pass = len(steps_of(paths, plan_args(folder)))
-    args = plan_args(folder, train_steps=one_pass + 3, epochs=2)
-    train, _ = plan_data(args)
-    assert [shard.path for shard in train] == paths
-    steps = steps_of([shard.path for shard in train] * 2, args)
-    assert len(steps) == 2 * one_pass and steps[one_pass:] == steps[:one_pass]
-    assert "--epochs 3" in refusal(plan_args(folder, train_steps=2 * one_pass + 1, epochs=2))
-    assert len(plan_data(plan_args(folder, train_steps=1, epochs=2))[0]) == 1
-
-
 def test_shards_are_identified_by_size_and_hash(folder):
     train, val = plan_data(plan_args(folder))
     for shard in train + val:

@@ -619,18 +619,6 @@ def test_too_few_train_tokens_name_how_many_shards_are_needed(tmp_path):
     assert needed - 1 <= len(train) <= needed
 
 
-def test_a_run_of_two_epochs_goes_over_its_shards_twice(tmp_path):
-    folder = make_data(tmp_path / "data", train_tokens=400)
-    options = [f"--data_path={folder}", "--val_loss_every=0"]
-    with pytest.raises(train_gpt.RunError) as error:
-        train_gpt.plan_data(train_gpt.parse_hyperparameters([*TINY, *options, "--train_steps=99"]))
-    steps = int(re.search(r"hold (\d+) steps", str(error.value))[1])
-    run = run_main(tmp_path, *options, f"--train_steps={steps + 1}", "--epochs=2")
-    assert run.status == 0, run.err
-    assert run.val_losses[-1][0] == steps + 1
-    assert run.log.count("train data: ") == len(list(folder.glob("*train*")))  # each shard once
-
-
 def test_a_shard_that_breaks_during_the_run_stops_it_with_a_message(tmp_path):
     folder = make_data(tmp_path / "data", train_tokens=400)
     per_shard = train_gpt.inspect_shard(
