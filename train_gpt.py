@@ -123,7 +123,6 @@ class Hyperparameters:
     residual_dtype: str = "bfloat16"  # of the residual stream
     loss_chunk_size: int = 8_192  # tokens whose logits exist at the same time
     sampled_vocab: int = 0  # tokens that training compares with: the targets, and a sample; 0: all
-    whole_vocab_frac: float = 0.0  # share of the steps, at the end, that compare with all after all
     tokens_ahead: int = 1  # early in the run, training predicts so many next tokens at once
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
@@ -183,6 +182,11 @@ class Hyperparameters:
         if not self.document_masking:
             return self.row_length
         return min(self.max_document_length, self.row_length)
+
+    @property
+    def samples_vocabulary(self) -> bool:
+        """Whether training compares with a sample of the vocabulary, and not with all of it."""
+        return 0 < self.sampled_vocab < self.vocab_size
 
     def grad_accum_steps(self, step: int, world_size: int) -> int:
         return self.batch_size_at(step) // self.device_batch_size // world_size
@@ -369,8 +373,7 @@ def find_problem(args: Hyperparameters) -> str | None:
             return f"--{name} must be a number, got {value}"
     if not 0 <= args.seed < 2**63:
         return f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
-    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction",
-                 "whole_vocab_frac"):
+    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction"):
         if not 0 <= getattr(args, name) <= 1:
             return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
     if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
@@ -1599,15 +1602,6 @@ def muon_momentum(step: int, args: Hyperparameters) -> float:
     return 0.85 + done * (args.muon_momentum - 0.85)
 
 
-def samples_vocabulary(step: int, args: Hyperparameters) -> bool:
-    """Whether this step compares with a sample of the vocabulary, and not with all of it.
-
-    Samples leave rare tokens somewhat too likely, which few steps with all tokens mend.
-    """
-    return (0 < args.sampled_vocab < args.vocab_size
-            and step < round((1 - args.whole_vocab_frac) * args.train_steps))
-
-
 def ahead_weights(step: int, args: Hyperparameters) -> list[float]:
     """What the next `tokens_ahead` tokens weigh in the loss: 1, and powers of 1/2 that fall to 0.
 
@@ -2034,7 +2028,7 @@ def train_step(
 ) -> Tensor:
     """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
     set_schedules(optimizers, step, args)
-    windows, sampled = attention_windows(step, args), samples_vocabulary(step, args)
+    windows = attention_windows(step, args)
     ahead_K = torch.tensor(ahead_weights(step, args), pin_memory=ranks.device.type == "cuda")
     ahead_K = ahead_K.to(ranks.device, non_blocking=True)
     total = torch.zeros((), device=ranks.device)
@@ -2042,7 +2036,7 @@ def train_step(
         # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
         # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
-            loss = model(batch.to(ranks.device), windows, sampled, ahead_K)
+            loss = model(batch.to(ranks.device), windows, args.samples_vocabulary, ahead_K)
             loss.backward()
         total += loss.detach()
     for optimizer in optimizers:
@@ -2062,11 +2056,8 @@ def warm_up(
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
-        # The second windows make the compiler treat windows as variable from then on. Steps with
-        # a sample of the vocabulary have a graph of their own, and come before those without.
-        last = args.train_steps - 1
-        sampled_steps = sum(samples_vocabulary(step, args) for step in range(args.train_steps))
-        for step in sorted({0, max(0, sampled_steps - 1), min(sampled_steps, last), last}):
+        # The second windows make the compiler treat windows as variable from then on.
+        for step in sorted({0, args.train_steps - 1}):
             with torch.no_grad(), memory_advice(args, "val_batch_size"):
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
             micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)

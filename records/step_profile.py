@@ -259,7 +259,7 @@ def profile_stage(
         yield "The profiler saw nothing run; another profiler may be at work on this machine."
         return
     limits = Limits(own.rate * 1e12, own.bandwidth * 1e12) if on_gpu else None
-    sampled = args.sampled_vocab if train_gpt.samples_vocabulary(step, args) else 0
+    sampled = args.sampled_vocab if args.samples_vocabulary else 0
     head = (sampled or args.vocab_size) * args.model_dim
     blocks = model.matrix_weights
     attention = [attention_flops(model, some, windows) for some in profiled[-PROFILED:]]

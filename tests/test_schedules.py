@@ -12,7 +12,6 @@ from train_gpt import (
     lr_multiplier,
     muon_momentum,
     parse_hyperparameters,
-    samples_vocabulary,
     set_schedules,
 )
 
@@ -92,15 +91,6 @@ def test_momentum_rises_from_085_to_its_final_value_over_a_fifth():
     for step in (200, 201, 999, 1000):
         assert muon_momentum(step, args) == pytest.approx(0.95)
     assert muon_momentum(1000, dataclasses.replace(args, muon_momentum=0.9)) == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize("size, whole_vocab_frac, sampled_steps", [
-    (0, 0.0, 0), (1_000, 0.0, 40), (1_000, 0.1, 36), (1_000, 1.0, 0), (50_257, 0.0, 0)])
-def test_all_steps_but_the_last_share_sample_the_vocabulary(size, whole_vocab_frac, sampled_steps):
-    args = dataclasses.replace(MODERN, train_steps=40, sampled_vocab=size,
-                               whole_vocab_frac=whole_vocab_frac)
-    sampled = [samples_vocabulary(step, args) for step in range(40)]
-    assert sampled == [True] * sampled_steps + [False] * (40 - sampled_steps)
 
 
 def test_the_tokens_ahead_lose_their_weight_one_after_the_other_from_the_last_on():
