@@ -323,12 +323,22 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
 
     overrides = vars(given)
     default_track = "single-gpu" if torch.cuda.is_available() else "sample"
-    track = TRACKS[overrides.get("track", default_track)]
-    recipe = RECIPES[overrides.get("recipe", track["recipe"])]
-    args = Hyperparameters(**{"track": default_track} | recipe | track | overrides)
+    names = {"track": overrides.get("track", default_track)}
+    names["recipe"] = overrides.get("recipe", default_recipe(names["track"]))
+    track, recipe = TRACKS[names["track"]], RECIPES[names["recipe"]]
+    args = Hyperparameters(**recipe | track | overrides | names)
     if problem := find_problem(args):
         parser.error(problem)
     return args
+
+
+def default_recipe(track: str) -> str:
+    """The recipe of the track; on `single-gpu` with one Hopper GPU, what has been made for it."""
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if track == "single-gpu" and is_alone and torch.cuda.is_available():
+        if torch.cuda.get_device_capability()[0] == 9:
+            return "record"
+    return TRACKS[track]["recipe"]
 
 
 def find_problem(args: Hyperparameters) -> str | None:

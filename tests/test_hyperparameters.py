@@ -200,9 +200,22 @@ def test_a_recipe_on_the_command_line_replaces_that_of_the_track():
 def test_the_default_track_depends_on_a_gpu(monkeypatch):
     assert parse_hyperparameters([]) == parse_hyperparameters(["--track", "sample"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     args = parse_hyperparameters([])
     assert (args.track, args.recipe) == ("single-gpu", "modern")
     assert dataclasses.replace(args) == parse_hyperparameters(["--track", "single-gpu"])
+
+
+def test_one_hopper_gpu_has_a_default_recipe_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    args = parse_hyperparameters([])
+    assert (args.track, args.recipe, args.fp8_blocks) == ("single-gpu", "record", True)
+    assert not reasons_not_a_record(args, 1)
+    assert parse_hyperparameters(["--recipe", "modern"]).recipe == "modern"
+    assert parse_hyperparameters(["--track", "gpt2-small"]).recipe == "modern-small"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse_hyperparameters([]).recipe == "modern"
 
 
 @pytest.mark.parametrize(
