@@ -69,7 +69,8 @@ class Hyperparameters:
     row_length: int = 16_384  # tokens per row; no document and no attention crosses a row
     val_row_length: int = 0  # the same for validation; 0: row_length
     document_masking: bool = True  # pack whole documents into rows; false: cut the stream
-    max_document_length: int = 2_048  # tokens of a document that are trained on
+    max_document_length: int = 2_048  # tokens that a document is cut to
+    document_rests: bool = False  # train on what is cut off too, as documents of their own
     # Model
     vocab_size: int = 50_257  # tokens
     num_layers: int = 12  # blocks
@@ -479,7 +480,9 @@ class TokenRows:
     Without document masking a row is one sequence, cut from the stream. With it, training rows are
     packed with documents from their first token on: a document is cut at `max_document_length`
     and at the end of its row, and its rest is dropped. Validation drops nothing: the stream is
-    cut at each row's end and before each document, so that every token is predicted once.
+    cut at each row's end and before each document, so that every token is predicted once. Neither
+    does training with `document_rests`: it cuts the stream in the same places, and documents at
+    multiples of `max_document_length`.
     RunError if the shard is damaged or does not fit the vocabulary or the masking.
     """
 
@@ -502,12 +505,16 @@ class TokenRows:
                            f"data use --document_masking false")
         if training:
             self.max_length = args.max_train_length
-            self._pack(documents)
-        else:
-            end = len(row_starts) * self.row_length
-            self.starts = np.union1d(row_starts, documents[documents < end])
-            self.lengths = np.diff(self.starts, append=end)
-            self.first_sequence = np.searchsorted(self.starts, np.append(row_starts, end))
+            if not args.document_rests:
+                return self._pack(documents)
+            documents = np.union1d(0, documents)  # a shard may begin within one
+            counts = -(-np.diff(documents, append=len(self.tokens)) // self.max_length)
+            pieces = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            documents = np.repeat(documents, counts) + pieces * self.max_length
+        end = len(row_starts) * self.row_length
+        self.starts = np.union1d(row_starts, documents[documents < end])
+        self.lengths = np.diff(self.starts, append=end)
+        self.first_sequence = np.searchsorted(self.starts, np.append(row_starts, end))
 
     def _pack(self, documents: np.ndarray) -> None:
         # The last token of a shard is only ever a target.

@@ -173,6 +173,29 @@ def test_a_document_is_cut_at_its_longest_length_and_at_the_end_of_its_row(tmp_p
     ]
 
 
+@pytest.mark.parametrize("beginning", [0, 100])
+def test_with_rests_training_predicts_each_token_once_in_short_pieces(tmp_path, beginning):
+    documents = [[7] * 35, [8] * 100, [9] * 3, [6] * 400]
+    stream = [5] * beginning + [token for document in documents for token in [START, *document]]
+    path = write_tokens(tmp_path / "shard.bin", stream)
+    args = data_args(max_document_length=40, document_rests=True)
+    num_rows, sequences = all_rows(path, args, training=True)
+    assert num_rows == (len(stream) - 1) // 64
+    assert [token for inputs, _ in sequences for token in inputs] == stream[: 64 * num_rows]
+    assert [token for _, targets in sequences for token in targets] == stream[1 : 64 * num_rows + 1]
+    position, bounds = 0, set()
+    for inputs, _ in sequences:
+        assert len(inputs) <= 40 and START not in inputs[1:]
+        bounds.add(position)
+        position += len(inputs)
+    # Cut at rows, at documents, and every 40 tokens from a document's start, and nowhere else.
+    cuts, start = set(range(0, 64 * num_rows, 64)), 0
+    for at, token in enumerate(stream[: 64 * num_rows]):
+        start = at if token == START else start
+        cuts |= {at} if (at - start) % 40 == 0 else set()
+    assert bounds == cuts
+
+
 def test_validation_predicts_each_of_the_first_tokens_once(tmp_path):
     path = write_shard(tmp_path / "shard.bin", STREAMS["documents of all sizes"])
     tokens = flat_tokens(path)

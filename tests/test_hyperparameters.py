@@ -24,6 +24,7 @@ OTHER = dict(
     target="2.5", val_tokens="1024", token_budget="3000000", batch_size="512",
     batch_stages="256,512", batch_lr_power="0.25", device_batch_size="256", val_batch_size="128",
     row_length="32", val_row_length="128", document_masking="false", max_document_length="99",
+    document_rests="true",
     vocab_size="50300", num_layers="6", early_layers="2", growth_frac="0.5", num_heads="4",
     attention_dim="48", model_dim="32", mlp_ratio="2", activation="gelu", qk_norm="false",
     attention_scale="0.25",
