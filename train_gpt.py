@@ -1637,7 +1637,11 @@ def muon_momentum(step: int, args: Hyperparameters) -> float:
 
 
 def is_grown(step: int, args: Hyperparameters) -> bool:
-    """Whether all blocks train at this step."""
+    """Whether all blocks train at this step.
+
+    Early steps learn what few blocks can hold. Growing in depth is from Gong et al. 2019, who
+    copied blocks; here those that join start as the identity, if their projections start at 0.
+    """
     return not args.early_layers or step >= round(args.growth_frac * args.train_steps)
 
 
