@@ -438,13 +438,10 @@ def test_without_shards_the_tokens_are_made_up_and_the_report_says_so(tmp_path):
 
 
 def test_the_head_counts_the_tokens_that_the_step_compares_with(tmp_path):
-    blocks = 2 * 12 * 32**2
-    for sampled_vocab, tokens in (("200", 200), ("300", 256)):
-        done = profile(*SMALL, "--vocab_size", "256", "--sampled_vocab", sampled_vocab,
-                       "--batch_stages", "", "--batch_size", "128", "--data_path", "none",
-                       cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"6 x {blocks + 32 * tokens:,} active weights" in done.stdout
+    done = profile(*SMALL, "--vocab_size", "256", "--sampled_vocab", "200", "--batch_stages", "",
+                   "--batch_size", "128", "--data_path", "none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"6 x {2 * 12 * 32**2 + 32 * 200:,} active weights" in done.stdout
 
 
 def test_blocks_that_join_late_count_from_then_on(tmp_path):
