@@ -326,10 +326,10 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
 
     overrides = vars(given)
     default_track = "single-gpu" if torch.cuda.is_available() else "sample"
-    names = {"track": overrides.get("track", default_track)}
-    names["recipe"] = overrides.get("recipe", default_recipe(names["track"]))
-    track, recipe = TRACKS[names["track"]], RECIPES[names["recipe"]]
-    args = Hyperparameters(**recipe | track | overrides | names)
+    track = overrides.get("track", default_track)
+    recipe = overrides.get("recipe") or default_recipe(track)
+    names = dict(track=track, recipe=recipe)
+    args = Hyperparameters(**RECIPES[recipe] | TRACKS[track] | overrides | names)
     if problem := find_problem(args):
         parser.error(problem)
     return args
@@ -337,10 +337,9 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
 
 def default_recipe(track: str) -> str:
     """The recipe of the track; on `single-gpu` with one Hopper GPU, what has been made for it."""
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if track == "single-gpu" and is_alone and torch.cuda.is_available():
-        if torch.cuda.get_device_capability()[0] == 9:
-            return "record"
+    is_one_gpu = torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
+    if track == "single-gpu" and is_one_gpu and torch.cuda.get_device_capability()[0] == 9:
+        return "record"
     return TRACKS[track]["recipe"]
 
 
@@ -506,7 +505,8 @@ class TokenRows:
         if training:
             self.max_length = args.max_train_length
             if not args.document_rests:
-                return self._pack(documents)
+                self._pack(documents)
+                return
             documents = np.union1d(0, documents)  # a shard may begin within one
             counts = -(-np.diff(documents, append=len(self.tokens)) // self.max_length)
             pieces = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -1148,11 +1148,15 @@ class GPT(nn.Module):
         self.register_buffer("logit_bias", bias)
         self.reset_parameters()
 
-    @property
-    def matrix_weights(self) -> int:
-        """Weights of the matrix products of each token, without the head's."""
+    def joins_late(self, name: str) -> bool:
+        """Whether the parameter of that name is one of a block that joins late."""
+        return any(name.startswith(f"blocks.{i}.") for i in self.late)
+
+    def matrix_weights(self, grown: bool = True) -> int:
+        """Weights, but the head's, of the matrix products of each token; `grown` as in forward."""
         return sum(p.numel() for name, p in self.named_parameters()
-                   if p.ndim > 1 and name != "head" and "embed" not in name)
+                   if p.ndim > 1 and name != "head" and "embed" not in name
+                   and (grown or not self.joins_late(name)))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -1171,7 +1175,7 @@ class GPT(nn.Module):
             elif name in ("bigram_embed.weight", "mixing_down") or name.endswith("gate"):
                 p.zero_()
             elif name.endswith("bigram_lambda"):
-                p.fill_(0.0 if int(name.split(".")[1]) in self.late else 0.05)
+                p.fill_(0.0 if self.joins_late(name) else 0.05)
             elif name.endswith("value_lambdas"):
                 p.fill_(0.5)
             elif name.endswith("residual_lambdas"):
@@ -1586,7 +1590,7 @@ def build_optimizers(
             key = name  # a group of its own, so that nothing large is copied
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
-        late = any(name.startswith(f"blocks.{i}.") for i in model.late)
+        late = model.joins_late(name)
         group = groups.setdefault((key, late), dict(params=[], lr=lrs[kind], late=late))
         group["params"].append((name, p))
 
@@ -1818,7 +1822,7 @@ def log_header(
         log(f"hyperparameter {name}: {value}")
     parameters = sum(p.numel() for p in model.parameters())
     head = model.embed.weight if model.head is None else model.head
-    active = model.matrix_weights + head.numel()
+    active = model.matrix_weights() + head.numel()
     log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
     for batch_size in args.stage_batch_sizes:
         micro_batches = batch_size // args.device_batch_size // ranks.world_size
@@ -2101,9 +2105,9 @@ def warm_up(
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
         # The second windows make the compiler treat windows as variable from then on. Before the
         # model has grown it has a graph of its own.
-        last = args.train_steps - 1
-        early_steps = sum(not is_grown(step, args) for step in range(args.train_steps))
-        for step in sorted({0, max(0, early_steps - 1), min(early_steps, last), last}):
+        steps = range(args.train_steps)
+        early_steps = sum(not is_grown(step, args) for step in steps)
+        for step in sorted({0, early_steps - 1, early_steps, steps[-1]} & set(steps)):
             with torch.no_grad(), memory_advice(args, "val_batch_size"):
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
             micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)

@@ -234,8 +234,8 @@ def profile_stage(
     """The report of one stage, paragraph by paragraph, each as soon as it is known."""
     args, device, model = trainer.args, trainer.ranks.device, trainer.model
     on_gpu, windows = device.type == "cuda", train_gpt.attention_windows(step, args)
-    size, late = args.batch_size_at(step), () if train_gpt.is_grown(step, args) else model.late
-    blocks = [block for i, block in enumerate(model.blocks) if i not in late]
+    size, grown = args.batch_size_at(step), train_gpt.is_grown(step, args)
+    blocks = [block for i, block in enumerate(model.blocks) if grown or i not in model.late]
     batches, data = stage_batches(args, trainer.ranks, size, UNTIMED + own.steps + 1 + PROFILED)
     yield (f"## {size:,} tokens per step, {len(blocks)} blocks\n\n"
            f"Step {step} of {args.train_steps:,}; windows of "
@@ -263,8 +263,7 @@ def profile_stage(
     limits = Limits(own.rate * 1e12, own.bandwidth * 1e12) if on_gpu else None
     sampled = args.sampled_vocab if args.samples_vocabulary else 0
     head = (sampled or args.vocab_size) * args.model_dim
-    absent = [p for i in late for p in model.blocks[i].parameters() if p.ndim > 1]
-    weights = model.matrix_weights - sum(p.numel() for p in absent)
+    weights = model.matrix_weights(grown)
     attention = [attention_flops(blocks, args.attention_width, some, windows)
                  for some in profiled[-PROFILED:]]
     flops = {BLOCKS: 6 * weights * size, HEAD: 6 * head * size,
