@@ -267,8 +267,8 @@ def test_the_warm_up_runs_the_shapes_and_windows_of_training_and_validation():
     (dict(), {"val", "train"}),
     (dict(sampled_vocab=100), {"val", "sampled"}),
     (dict(sampled_vocab=10**6), {"val", "train"}),
-    (dict(early_layers=2), {"val", "train early", "train"}),
-    (dict(early_layers=2, growth_frac=1.0), {"val", "train early"}),
+    (dict(num_layers=4, early_layers=2), {"val", "train early", "train"}),
+    (dict(num_layers=4, early_layers=2, growth_frac=1.0), {"val", "train early"}),
 ])
 def test_the_warm_up_runs_each_graph_with_two_windows(changes, kinds):
     args = warm_args(train_steps=12, window_start=128, window_end=1280, **changes)
