@@ -74,8 +74,6 @@ class Hyperparameters:
     # Model
     vocab_size: int = 50_257  # tokens
     num_layers: int = 12  # blocks
-    early_layers: int = 0  # those that train from the start, the outer ones; 0: all
-    growth_frac: float = 0.4  # share of the steps before the others join them, in the middle
     num_heads: int = 6  # attention heads
     attention_dim: int = 0  # width of queries, keys and values, of all heads; 0: model_dim
     model_dim: int = 768  # width of the residual stream
@@ -352,8 +350,7 @@ def find_problem(args: Hyperparameters) -> str | None:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
     for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start",
-                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab",
-                 "early_layers"):
+                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
     if args.logit_softcap > 70:  # exp(cap) * vocab_size has to be a float32
@@ -378,20 +375,15 @@ def find_problem(args: Hyperparameters) -> str | None:
         name = "attention_dim" if args.attention_dim else "model_dim"
         return (f"--{name} {args.attention_width} must be --num_heads {args.num_heads} times a "
                 f"multiple of 4")
-    if args.early_layers > args.num_layers:
-        return (f"--early_layers {args.early_layers} must be at most --num_layers "
-                f"{args.num_layers}")
-    name = "early_layers" if args.early_layers else "num_layers"
-    if 2 * args.value_embeddings > getattr(args, name):
+    if 2 * args.value_embeddings > args.num_layers:
         return (f"--value_embeddings {args.value_embeddings} tables serve two layers each, "
-                f"but --{name} is {getattr(args, name)}")
+                f"but --num_layers is {args.num_layers}")
     for name, value in dataclasses.asdict(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             return f"--{name} must be a number, got {value}"
     if not 0 <= args.seed < 2**63:
         return f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
-    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction",
-                 "growth_frac"):
+    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction"):
         if not 0 <= getattr(args, name) <= 1:
             return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
     if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
@@ -1138,8 +1130,6 @@ class GPT(nn.Module):
             self.mixed = {1, L // 2 - 1, L - 3} & set(range(L - 1))
             self.mixing_up = nn.Parameter(torch.empty(64, args.model_dim))
             self.mixing_down = nn.Parameter(torch.empty(1 + len(self.mixed), 64))
-        early = args.early_layers or L
-        self.late = range((early + 1) // 2, (early + 1) // 2 + L - early)
         has_skips = args.skip_connections and L > 1
         self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if has_skips else None
         head_shape = args.vocab_size, args.model_dim
@@ -1148,15 +1138,11 @@ class GPT(nn.Module):
         self.register_buffer("logit_bias", bias)
         self.reset_parameters()
 
-    def joins_late(self, name: str) -> bool:
-        """Whether the parameter of that name is one of a block that joins late."""
-        return any(name.startswith(f"blocks.{i}.") for i in self.late)
-
-    def matrix_weights(self, grown: bool = True) -> int:
-        """Weights, but the head's, of the matrix products of each token; `grown` as in forward."""
+    @property
+    def matrix_weights(self) -> int:
+        """Weights of the matrix products of each token, without the head's."""
         return sum(p.numel() for name, p in self.named_parameters()
-                   if p.ndim > 1 and name != "head" and "embed" not in name
-                   and (grown or not self.joins_late(name)))
+                   if p.ndim > 1 and name != "head" and "embed" not in name)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -1175,20 +1161,18 @@ class GPT(nn.Module):
             elif name in ("bigram_embed.weight", "mixing_down") or name.endswith("gate"):
                 p.zero_()
             elif name.endswith("bigram_lambda"):
-                p.fill_(0.0 if self.joins_late(name) else 0.05)
+                p.fill_(0.05)
             elif name.endswith("value_lambdas"):
                 p.fill_(0.5)
             elif name.endswith("residual_lambdas"):
                 p.copy_(torch.tensor([1.0, 0.0]))
             elif name == "skip_lambdas":
                 p.fill_(1.0)
-                p[[i for i in self.late if i < len(p)]] = 0.0
             else:
                 raise RunError(f"parameter {name} is not initialised: add it to reset_parameters")
 
     def forward(
-        self, batch: MicroBatch, windows: tuple[int, int], sampled: bool = False, ahead_K=None,
-        grown: bool = True,
+        self, batch: MicroBatch, windows: tuple[int, int], sampled: bool = False, ahead_K=None
     ) -> Tensor:
         """Sum of the cross entropies of all tokens, nats, float32.
 
@@ -1196,7 +1180,6 @@ class GPT(nn.Module):
         `sampled`: compare with a sample of the vocabulary, which `args` give the size of.
         `ahead_K`: what the next K tokens weigh in the gradient, float32, by default (1,); the sum
         is of the next token alone in any case.
-        `grown`: go through all blocks, also through those that join late.
         """
         args = self.args
         inputs_BT = batch.inputs_BT
@@ -1218,8 +1201,7 @@ class GPT(nn.Module):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
             value_embedding = value_tables[self.value_table[i]] if i in self.value_table else None
-            if grown or i not in self.late:
-                x = block(x, x0, self.rotary, batch, windows, value_embedding, bigram, is_first)
+            x = block(x, x0, self.rotary, batch, windows, value_embedding, bigram, is_first)
             if self.skip_lambdas is not None and i < args.num_layers // 2:
                 skips.append(x)
             if i in self.mixed:
@@ -1414,14 +1396,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Each parameter group becomes one flat buffer of units (matrices for Muon, numbers for Adam),
     padded so that every rank owns as many, and its parameters become views of it. A step sums
     the gradients into each rank's share, updates the share, and gathers the shares. With one rank
-    the share is everything; the code is the same. Groups are lists of (name, parameter); a `late`
-    group rests as long as it has no gradients.
+    the share is everything; the code is the same. Groups are lists of (name, parameter).
     """
 
     unit_ndim: int  # dimensions of a unit
 
     def __init__(self, groups: list[dict], rank: int, world_size: int, **defaults):
-        super().__init__(groups, dict(late=False) | defaults)
+        super().__init__(groups, defaults)
         self.rank, self.world_size = rank, world_size
         self.flats = []
         for group in self.param_groups:
@@ -1448,17 +1429,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        present = [(group, flat) for group, flat in zip(self.param_groups, self.flats, strict=True)
-                   if not (group["late"] and group["params"][0].grad is None)]
         reductions = []
-        for group, _ in present:
+        for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
                     raise RunError(f"parameter {name} got no gradient: nothing in forward uses it")
             grads = self.flatten([p.grad for p in group["params"]])
             reductions.append((grads, reduce_scatter(grads, self.share(grads), self.world_size)))
         gathers = []
-        for (group, flat), (grads, wait) in zip(present, reductions, strict=True):
+        for group, flat, (grads, wait) in zip(
+            self.param_groups, self.flats, reductions, strict=True
+        ):
             wait()
             self.update(self.share(flat), self.share(grads), self.state[group["params"][0]], group)
             gathers.append(all_gather(flat, self.share(flat), self.world_size))
@@ -1590,9 +1571,7 @@ def build_optimizers(
             key = name  # a group of its own, so that nothing large is copied
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
-        late = model.joins_late(name)
-        group = groups.setdefault((key, late), dict(params=[], lr=lrs[kind], late=late))
-        group["params"].append((name, p))
+        groups.setdefault(key, dict(params=[], lr=lrs[kind]))["params"].append((name, p))
 
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
     muon = dict(momentum=args.muon_momentum, beta2=args.muon_beta2, nesterov=args.muon_nesterov,
@@ -1638,15 +1617,6 @@ def muon_momentum(step: int, args: Hyperparameters) -> float:
     """Muon's momentum at this step: from 0.85 to its final value over the first fifth."""
     done = min(1.0, step / max(1, args.train_steps / 5))
     return 0.85 + done * (args.muon_momentum - 0.85)
-
-
-def is_grown(step: int, args: Hyperparameters) -> bool:
-    """Whether all blocks train at this step.
-
-    Early steps learn what few blocks can hold. Growing in depth is from Gong et al. 2019, who
-    copied blocks; here those that join start as the identity, if their projections start at 0.
-    """
-    return not args.early_layers or step >= round(args.growth_frac * args.train_steps)
 
 
 def ahead_weights(step: int, args: Hyperparameters) -> list[float]:
@@ -1822,7 +1792,7 @@ def log_header(
         log(f"hyperparameter {name}: {value}")
     parameters = sum(p.numel() for p in model.parameters())
     head = model.embed.weight if model.head is None else model.head
-    active = model.matrix_weights() + head.numel()
+    active = model.matrix_weights + head.numel()
     log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
     for batch_size in args.stage_batch_sizes:
         micro_batches = batch_size // args.device_batch_size // ranks.world_size
@@ -2075,7 +2045,7 @@ def train_step(
 ) -> Tensor:
     """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
     set_schedules(optimizers, step, args)
-    windows, grown = attention_windows(step, args), is_grown(step, args)
+    windows = attention_windows(step, args)
     ahead_K = torch.tensor(ahead_weights(step, args), pin_memory=ranks.device.type == "cuda")
     ahead_K = ahead_K.to(ranks.device, non_blocking=True)
     total = torch.zeros((), device=ranks.device)
@@ -2083,7 +2053,7 @@ def train_step(
         # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
         # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
-            loss = model(batch.to(ranks.device), windows, args.samples_vocabulary, ahead_K, grown)
+            loss = model(batch.to(ranks.device), windows, args.samples_vocabulary, ahead_K)
             loss.backward()
         total += loss.detach()
     for optimizer in optimizers:
@@ -2103,11 +2073,8 @@ def warm_up(
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
-        # The second windows make the compiler treat windows as variable from then on. Before the
-        # model has grown it has a graph of its own.
-        steps = range(args.train_steps)
-        early_steps = sum(not is_grown(step, args) for step in steps)
-        for step in sorted({0, early_steps - 1, early_steps, steps[-1]} & set(steps)):
+        # The second windows make the compiler treat windows as variable from then on.
+        for step in sorted({0, args.train_steps - 1}):
             with torch.no_grad(), memory_advice(args, "val_batch_size"):
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
             micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)

@@ -48,11 +48,12 @@ def attention_pairs(cu_seqlens: Tensor, window: int) -> int:
     return int((full * (full + 1) // 2 + (length - full) * (window + 1)).sum())
 
 
-def attention_flops(blocks: list, width: int, batches: list[MicroBatch], windows) -> float:
-    """FLOPs of attention of a width in a step, the backward pass being 2.5 times the forward."""
+def attention_flops(model: train_gpt.GPT, batches: list[MicroBatch], windows) -> float:
+    """FLOPs of attention in a step, the backward pass being 2.5 times the forward."""
     pairs = [sum(attention_pairs(batch.cu_seqlens.cpu(), window) for batch in batches)
              for window in windows]
-    return 3.5 * 4 * width * sum(pairs[block.is_long] for block in blocks)
+    width = model.args.attention_width
+    return 3.5 * 4 * width * sum(pairs[block.is_long] for block in model.blocks)
 
 
 def matrix_rate(device: torch.device, size: int = 8192, times: int = 100) -> float:
@@ -164,12 +165,12 @@ def build(args: Hyperparameters) -> Trainer:
     return Trainer(args, ranks, [f"attention {name}", *notes], model, compiled, optimizers)
 
 
-def middle_steps(args: Hyperparameters) -> list[int]:
-    """Of the steps of as many tokens through as many blocks, the one in the middle."""
+def middle_steps(args: Hyperparameters) -> dict[int, int]:
+    """Of each size of a step, in tokens, the step in the middle of those that have it."""
     steps = defaultdict(list)
     for step in range(args.train_steps):
-        steps[args.batch_size_at(step), train_gpt.is_grown(step, args)].append(step)
-    return [some[len(some) // 2] for some in steps.values()]
+        steps[args.batch_size_at(step)].append(step)
+    return {size: some[len(some) // 2] for size, some in steps.items()}
 
 
 def made_up_batch(args: Hyperparameters) -> MicroBatch:
@@ -229,16 +230,13 @@ def profile_steps(run_step: Callable, batches: list, device: torch.device, path:
 
 
 def profile_stage(
-    trainer: Trainer, step: int, own: argparse.Namespace, trace: Path
+    trainer: Trainer, size: int, step: int, own: argparse.Namespace, trace: Path
 ) -> Iterator[str]:
     """The report of one stage, paragraph by paragraph, each as soon as it is known."""
     args, device, model = trainer.args, trainer.ranks.device, trainer.model
     on_gpu, windows = device.type == "cuda", train_gpt.attention_windows(step, args)
-    size, grown = args.batch_size_at(step), train_gpt.is_grown(step, args)
-    blocks = [block for i, block in enumerate(model.blocks) if grown or i not in model.late]
     batches, data = stage_batches(args, trainer.ranks, size, UNTIMED + own.steps + 1 + PROFILED)
-    yield (f"## {size:,} tokens per step, {len(blocks)} blocks\n\n"
-           f"Step {step} of {args.train_steps:,}; windows of "
+    yield (f"## {size:,} tokens per step\n\nStep {step} of {args.train_steps:,}; windows of "
            f"{windows[0]} and {windows[1]} tokens; micro-batches: {len(batches[0])}; {data}.")
 
     def run_step(step_batches):
@@ -263,10 +261,9 @@ def profile_stage(
     limits = Limits(own.rate * 1e12, own.bandwidth * 1e12) if on_gpu else None
     sampled = args.sampled_vocab if args.samples_vocabulary else 0
     head = (sampled or args.vocab_size) * args.model_dim
-    weights = model.matrix_weights(grown)
-    attention = [attention_flops(blocks, args.attention_width, some, windows)
-                 for some in profiled[-PROFILED:]]
-    flops = {BLOCKS: 6 * weights * size, HEAD: 6 * head * size,
+    blocks = model.matrix_weights
+    attention = [attention_flops(model, some, windows) for some in profiled[-PROFILED:]]
+    flops = {BLOCKS: 6 * blocks * size, HEAD: 6 * head * size,
              step_trace.ATTENTION: statistics.fmean(attention)}
     sizes = Sizes(args.vocab_size, args.model_dim, args.bigram_rows, args.device_batch_size,
                   sampled)
@@ -276,7 +273,7 @@ def profile_stage(
     yield kernel_table(kernels, sizes, PROFILED)
     rate = (flops[BLOCKS] + flops[HEAD]) / ms / 1e9
     share = f", {rate / own.rate:.1%} of {own.rate:g}" if on_gpu else ""
-    yield (f"Model: {rate:.4g} TFLOP/s{share} (6 x {weights + head:,} active weights x tokens / "
+    yield (f"Model: {rate:.4g} TFLOP/s{share} (6 x {blocks + head:,} active weights x tokens / "
            f"time); {1000 * size / ms:,.0f} tokens/s; peak memory {memory}.")
 
 
@@ -292,11 +289,11 @@ def profile_all(args: Hyperparameters, own: argparse.Namespace) -> Iterator[str]
         yield (f"Limits: {own.rate:g} TFLOP/s (here a product of 8192 x 8192 reaches "
                f"{matrix_rate(device) / 1e12:.0f}) and {own.bandwidth:g} TB/s.")
     with tempfile.TemporaryDirectory() as folder:
-        for step in stages:
+        for size, step in stages.items():
             trace = own.trace or Path(folder) / "trace.json"
             if len(stages) > 1:
-                trace = trace.with_stem(f"{trace.stem}-{step}")
-            yield from profile_stage(trainer, step, own, trace)
+                trace = trace.with_stem(f"{trace.stem}-{size}")
+            yield from profile_stage(trainer, size, step, own, trace)
 
 
 def main(argv: list[str]) -> int:

@@ -470,27 +470,6 @@ def test_a_sample_keeps_the_tokens_ahead_and_the_ends_of_rows():
     assert torch.equal(tokens[places.long()][places >= 0], ahead[ahead >= 0].long())
 
 
-@pytest.mark.parametrize("skip_connections", [False, True])
-def test_blocks_that_join_late_change_nothing_at_first(skip_connections):
-    args = tiny_args(num_layers=7, early_layers=4, skip_connections=skip_connections,
-                     bigram_rows=100, output_mixing=True)
-    model, batch = build(args), random_batch(args)
-    model.reset_parameters()
-    early = [i for i in range(7) if i not in model.late]
-    assert early == [0, 1, 5, 6]
-    for name, p in model.named_parameters():  # as after some steps, for all that trains early
-        if not model.joins_late(name) and name != "skip_lambdas":
-            torch.nn.init.normal_(p, std=0.2)
-    loss = model(batch, NO_WINDOWS, grown=False)
-    torch.testing.assert_close(model(batch, NO_WINDOWS), loss)
-    loss.backward()
-    with_gradient = {i for i in range(7) if model.blocks[i].mlp.projection.grad is not None}
-    assert with_gradient == set(early)
-    model.zero_grad()
-    model(batch, NO_WINDOWS).backward()
-    assert all(block.mlp.projection.grad.any() for block in model.blocks)
-
-
 def test_a_model_that_samples_moves_the_sampled_rows_of_its_head_alone():
     args = tiny_args(sampled_vocab=130)
     model, batch = build(args), random_batch(args, rows=1)

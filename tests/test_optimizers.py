@@ -226,22 +226,6 @@ class Extended(GPT):
         self.unused = torch.nn.Parameter(torch.ones(3))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adam"])
-def test_blocks_that_join_late_rest_until_then(optimizer):
-    args = tiny_args(num_layers=5, early_layers=2, optimizer=optimizer)
-    model, batch = build(args), random_batch(args)
-    optimizers = build_optimizers(model, args)
-    late = [p for i in model.late for p in model.blocks[i].parameters()]
-    for grown in (False, True):
-        before = [p.clone() for p in late]
-        model(batch, (0, 0), grown=grown).backward()
-        for some in optimizers:
-            some.step()
-            some.zero_grad()
-        moved = [not torch.equal(p, old) for p, old in zip(late, before, strict=True)]
-        assert any(moved) == grown
-
-
 def test_a_parameter_that_forward_does_not_use_is_named_before_anything_is_hidden():
     args = tiny_args()
     model = Extended(args)

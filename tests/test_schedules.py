@@ -9,7 +9,6 @@ from train_gpt import (
     ahead_weights,
     attention_windows,
     build_optimizers,
-    is_grown,
     lr_multiplier,
     muon_momentum,
     parse_hyperparameters,
@@ -92,15 +91,6 @@ def test_momentum_rises_from_085_to_its_final_value_over_a_fifth():
     for step in (200, 201, 999, 1000):
         assert muon_momentum(step, args) == pytest.approx(0.95)
     assert muon_momentum(1000, dataclasses.replace(args, muon_momentum=0.9)) == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize("early_layers, growth_frac, early_steps", [
-    (0, 0.5, 0), (3, 0.0, 0), (3, 0.25, 10), (3, 1.0, 40)])
-def test_the_other_blocks_join_after_a_share_of_the_steps(early_layers, growth_frac, early_steps):
-    args = dataclasses.replace(MODERN, train_steps=40, early_layers=early_layers,
-                               growth_frac=growth_frac)
-    grown = [is_grown(step, args) for step in range(40)]
-    assert grown == [False] * early_steps + [True] * (40 - early_steps)
 
 
 def test_the_tokens_ahead_lose_their_weight_one_after_the_other_from_the_last_on():
