@@ -123,7 +123,7 @@ class Hyperparameters:
     dtype: str = "bfloat16"  # of matrix products and attention; weights are float32
     residual_dtype: str = "bfloat16"  # of the residual stream
     loss_chunk_size: int = 8_192  # tokens whose logits exist at the same time
-    sampled_vocab: int = 0  # tokens that training compares with: the targets, and a sample; 0: all
+    sampled_vocab: int = 0  # tokens that a chunk compares with: its targets, and a sample; 0: all
     tokens_ahead: int = 1  # early in the run, training predicts so many next tokens at once
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
@@ -240,8 +240,8 @@ RECIPES: dict[str, dict] = {
     "sample-record": RECORD | SAMPLE | dict(
         val_row_length=0, attention_dim=0, attention_gate=False, unigram_power=1.0,
         bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=2_048, matrix_lr=0.05,
-        train_steps=12, cooldown_frac=0.45, val_loss_every=6, tokens_ahead=1, fp8_head=False,
-        fp8_blocks=False, fp8_gradients=False, triton_kernels=False),
+        train_steps=12, cooldown_frac=0.45, val_loss_every=6, loss_chunk_size=2_048, tokens_ahead=1,
+        fp8_head=False, fp8_blocks=False, fp8_gradients=False, triton_kernels=False),
 }
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
@@ -1171,13 +1171,10 @@ class GPT(nn.Module):
             else:
                 raise RunError(f"parameter {name} is not initialised: add it to reset_parameters")
 
-    def forward(
-        self, batch: MicroBatch, windows: tuple[int, int], sampled: bool = False, ahead_K=None
-    ) -> Tensor:
+    def forward(self, batch: MicroBatch, windows: tuple[int, int], ahead_K=None) -> Tensor:
         """Sum of the cross entropies of all tokens, nats, float32.
 
         `windows`: tokens that (short-window, long-window) layers look back, 0 for no limit.
-        `sampled`: compare with a sample of the vocabulary, which `args` give the size of.
         `ahead_K`: what the next K tokens weigh in the gradient, float32, by default (1,); the sum
         is of the next token alone in any case.
         """
@@ -1213,14 +1210,9 @@ class GPT(nn.Module):
         x = norm(x, args.norm_eps).to(self.dtype)
         head = self.embed.weight if self.head is None else self.head
         ahead_K = x.new_ones(1, dtype=torch.float32) if ahead_K is None else ahead_K
-        offsets_V, targets_NK = self.logit_bias, next_tokens(batch.targets_BT, len(ahead_K))
-        if sampled:  # by frequencies, if they are there, and else all alike
-            weights = head.new_zeros(len(head)) if offsets_V is None else offsets_V
-            tokens, offsets_V, targets_NK = sample_vocabulary(
-                targets_NK, weights, args.sampled_vocab)
-            head = head.index_select(0, tokens)
-            offsets_V = offsets_V + weights[tokens]
-        return linear_cross_entropy(x.flatten(0, 1), head, targets_NK, ahead_K, offsets_V, args)
+        targets_NK = next_tokens(batch.targets_BT, len(ahead_K))
+        return linear_cross_entropy(
+            x.flatten(0, 1), head, targets_NK, ahead_K, self.logit_bias, args)
 
 
 def next_tokens(targets_BT: Tensor, count: int) -> Tensor:
@@ -1237,7 +1229,8 @@ def linear_cross_entropy(
     `offsets_V`, if not None, are added to the (capped) logits. The sum is that of the first of K
     targets, while the gradient is that of all of them, each times its weight in `ahead_K`. In
     training, a target of -1 counts for nothing; with `fp8_head`, x has to be RMS-normalised.
-    Validation, which is what runs without gradients, does without 8-bit floats.
+    Validation, which is what runs without gradients, does without 8-bit floats, and compares with
+    the whole vocabulary.
     """
     if torch.is_grad_enabled():
         return LinearCrossEntropy.apply(x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args)
@@ -1251,7 +1244,7 @@ def linear_cross_entropy(
 
 
 def sample_vocabulary(targets_NK, log_weights_V, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens for a micro-batch's loss to compare with: its targets, and others drawn at random.
+    """Tokens for a chunk's loss to compare with: its targets, and others drawn at random.
 
     Returns `size` different tokens, what to add to their logits (float32), and the targets as
     places among the tokens (int32, -1 stays -1); where there are more first targets than places,
@@ -1259,8 +1252,9 @@ def sample_vocabulary(targets_NK, log_weights_V, size: int) -> tuple[Tensor, Ten
     of larger weight are drawn more often, and the drawn ones stand for those left out, so that the
     sum of all exp(logits) is expected to be that over the vocabulary: priority sampling (Duffield,
     Lund and Thorup 2007). Jean et al. 2015 trained on parts of the vocabulary before. Every
-    micro-batch draws its own, so that the size of micro-batches and the number of ranks change what
-    is drawn, though not what is expected.
+    chunk draws its own, because it has fewer targets than a micro-batch, which leaves more places
+    for others, and because the errors of many samples cancel. So the size of chunks and the number
+    of ranks change what is drawn, though not what is expected.
     """
     is_target = torch.zeros_like(log_weights_V).index_fill(0, targets_NK[:, 0].long(), 1.0)
     chance = torch.rand_like(is_target).clamp_min(1e-8)
@@ -1284,26 +1278,34 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args):
-        fp8, dtype, vocab_size = args.fp8_head, x_ND.dtype, len(weight_VD)
-        weight = pad_vocabulary(weight_VD.to(dtype))
-        weight = float8(weight) if fp8 else weight
-        weight_T = weight.T
+        fp8, dtype = args.fp8_head, x_ND.dtype
         # Capped logits have gradients between -2 and 2; times 2^14, few are too small for 8 bits.
         scale, grad_dtype = (2.0**14, torch.float8_e5m2) if fp8 else (1.0, dtype)
-        settings = ahead_K, offsets_V, vocab_size, args.logit_softcap, scale, grad_dtype
         losses_and_gradients = cross_entropy
         if args.triton_kernels and args.logit_softcap:
             from triton_kernels import capped_cross_entropy as losses_and_gradients
+        size = args.sampled_vocab if args.samples_vocabulary else len(weight_VD)
+        tokens, offsets, weight = slice(None), offsets_V, None
+        log_weights_V = weight_VD.new_zeros(len(weight_VD)) if offsets_V is None else offsets_V
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_weight, grad_x = torch.zeros_like(weight_VD), []
         for x, targets in split(args.loss_chunk_size, x_ND, targets_NK):
+            if args.samples_vocabulary:  # by frequencies, if they are there, and else all alike
+                tokens, offsets, targets = sample_vocabulary(targets, log_weights_V, size)
+                offsets = offsets + log_weights_V[tokens]
+            if args.samples_vocabulary or weight is None:
+                weight = pad_vocabulary(weight_VD[tokens].to(dtype))
+                weight = float8(weight) if fp8 else weight
+                weight_T = weight.T
             x = float8(x, x.size(-1) ** 0.5) if fp8 else x
-            losses, grad = losses_and_gradients(product(x, weight, dtype), targets, *settings)
+            losses, grad = losses_and_gradients(
+                product(x, weight, dtype), targets, ahead_K, offsets, size, args.logit_softcap,
+                scale, grad_dtype)
             total = total + losses.sum()
             grad = Float8(grad, x.scale.new_full((), 1 / scale)) if fp8 else grad
             grad_x.append(product(grad, weight_T, dtype, is_gradient=True))
-            grad_weight.add_(product(grad.T, x.T, torch.float32 if fp8 else dtype,
-                                     is_gradient=True)[:vocab_size])
+            grad_rows = product(grad.T, x.T, torch.float32 if fp8 else dtype, is_gradient=True)
+            grad_weight[tokens] += grad_rows[:size]
         ctx.save_for_backward(torch.cat(grad_x), grad_weight)
         return total
 
@@ -2053,7 +2055,7 @@ def train_step(
         # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
         # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
-            loss = model(batch.to(ranks.device), windows, args.samples_vocabulary, ahead_K)
+            loss = model(batch.to(ranks.device), windows, ahead_K)
             loss.backward()
         total += loss.detach()
     for optimizer in optimizers:

@@ -410,15 +410,21 @@ def test_a_sample_by_frequency_comes_nearer_to_the_whole_loss():
 
 @pytest.mark.parametrize("chunk_size", [7, 1000])
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
-def test_a_sampled_loss_is_the_cross_entropy_over_the_sample(softcap, chunk_size):
+@pytest.mark.parametrize("biased", [False, True])
+def test_each_chunk_loses_the_cross_entropy_over_a_sample_of_its_own(biased, softcap, chunk_size):
     x, weight = 4 * torch.randn(40, 16), torch.randn(91, 16)
-    targets = torch.randint(91, (40,)).int()
+    targets, bias = torch.randint(91, (40,)).int(), torch.randn(91) if biased else None
     leaves = x.requires_grad_(), weight.requires_grad_()
-    tokens, offsets, places = sample(targets, torch.randn(91), 60)
-    logits = x.double() @ weight.double()[tokens].T
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    expected = F.cross_entropy(logits + offsets, places.long(), reduction="sum")
-    loss = our_cross_entropy(x, weight[tokens], places, softcap, chunk_size, offsets)
+    with torch.random.fork_rng():
+        loss = our_cross_entropy(x, weight, targets, softcap, chunk_size, bias, vocab_size=91,
+                                 sampled_vocab=60)
+    expected, log_weights = 0.0, bias if biased else torch.zeros(91)
+    for some_x, some_targets in zip(x.split(chunk_size), targets.split(chunk_size), strict=True):
+        tokens, offsets, places = sample(some_targets, log_weights, 60)  # as drawn above
+        logits = some_x.double() @ weight.double()[tokens].T
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        logits = logits + offsets + log_weights[tokens]
+        expected = expected + F.cross_entropy(logits, places.long(), reduction="sum")
     for got, wanted in zip([loss.detach(), *torch.autograd.grad(loss, leaves)],
                            [expected.detach(), *torch.autograd.grad(expected, leaves)],
                            strict=True):
@@ -471,9 +477,10 @@ def test_a_sample_keeps_the_tokens_ahead_and_the_ends_of_rows():
 
 
 def test_a_model_that_samples_moves_the_sampled_rows_of_its_head_alone():
-    args = tiny_args(sampled_vocab=130)
+    args = tiny_args(sampled_vocab=130, loss_chunk_size=64)
     model, batch = build(args), random_batch(args, rows=1)
-    model(batch, NO_WINDOWS, sampled=True).backward()
+    assert batch.targets_BT.numel() == 64
+    model(batch, NO_WINDOWS).backward()
     assert model.head.grad.any(-1).sum() == 130
     targets = batch.targets_BT.flatten().long()
     assert model.head.grad[targets].any(-1).all()
@@ -482,7 +489,9 @@ def test_a_model_that_samples_moves_the_sampled_rows_of_its_head_alone():
 def test_a_sample_of_all_tokens_is_the_vocabulary():
     args = tiny_args(sampled_vocab=256)
     model, batch = build(args), random_batch(args)
-    torch.testing.assert_close(model(batch, NO_WINDOWS, sampled=True), model(batch, NO_WINDOWS))
+    loss = model(batch, NO_WINDOWS).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch, NO_WINDOWS), loss)
 
 
 @pytest.mark.parametrize("size", [130, 256])
@@ -495,11 +504,10 @@ def test_a_logit_bias_is_added_after_the_cap_in_training_sampling_and_validation
     expected = -bias.log_softmax(0)[batch.targets_BT.long()].sum()
     with torch.no_grad():
         torch.testing.assert_close(model(batch, NO_WINDOWS), expected)
-    torch.testing.assert_close(model(batch, NO_WINDOWS), expected)
     if size == args.vocab_size:
-        torch.testing.assert_close(model(batch, NO_WINDOWS, sampled=True), expected)
+        torch.testing.assert_close(model(batch, NO_WINDOWS), expected)
         return
-    losses = [model(batch, NO_WINDOWS, sampled=True).detach() for _ in range(300)]
+    losses = [model(batch, NO_WINDOWS).detach() for _ in range(300)]
     assert torch.stack(losses).mean().item() == pytest.approx(expected.item(), rel=0.01)
 
 
