@@ -91,10 +91,10 @@ class Hyperparameters:
     logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap); 0: off
     unigram_power: float = 0.0  # logits start from log(frequency of the token), times this
     key_offset: bool = False  # long windows: a key's unrotated part is that of the token before
-    bigram_rows: int = 0  # rows of a table of hashed token pairs that each block adds; 0: off
+    bigram_rows: int = 0  # rows of a table of hashed token pairs, beside the embedding; 0: off
     value_embeddings: int = 3  # tables added to the values of the first and the last layers
     skip_connections: bool = True  # U-net: outputs of the first half added in the second half
-    embed_shortcut: bool = True  # each block mixes the token embedding back in
+    embed_shortcut: bool = True  # each block mixes the token embedding (and the pair's) back in
     output_mixing: bool = False  # each token adds its own shares of earlier outputs to the last one
     zero_init_projections: bool = True  # attention and MLP outputs and an untied head start at 0
     window_start: int = 256  # tokens that long-window layers look back at the start; 0: no limit
@@ -1082,16 +1082,13 @@ class Block(nn.Module):
         self.attn_scale, self.eps = args.attention_output_scale, args.norm_eps
         self.dtype = getattr(torch, args.dtype)
         self.residual_lambdas = nn.Parameter(torch.empty(2)) if args.embed_shortcut else None
-        self.bigram_lambda = nn.Parameter(torch.empty(1)) if args.bigram_rows else None
 
     def forward(
-        self, x_BTD, x0_BTD, rotary, batch, windows, value_embedding_BTD, bigram_BTD, is_first_BT
+        self, x_BTD, x0_BTD, rotary, batch, windows, value_embedding_BTD, is_first_BT
     ) -> Tensor:
         x, window = x_BTD, windows[1] if self.is_long else windows[0]
         if self.residual_lambdas is not None:
             x = self.residual_lambdas[0] * x + self.residual_lambdas[1] * x0_BTD
-        if self.bigram_lambda is not None:
-            x = x + self.bigram_lambda.type_as(x) * bigram_BTD
         y = norm(x, self.eps).to(self.dtype)
         y = self.attn(y, rotary, batch, window, value_embedding_BTD, is_first_BT)
         x = x + self.attn_scale * y.type_as(x)
@@ -1160,12 +1157,10 @@ class GPT(nn.Module):
                 p.normal_()
             elif name in ("bigram_embed.weight", "mixing_down") or name.endswith("gate"):
                 p.zero_()
-            elif name.endswith("bigram_lambda"):
-                p.fill_(0.05)
             elif name.endswith("value_lambdas"):
                 p.fill_(0.5)
             elif name.endswith("residual_lambdas"):
-                p.copy_(torch.tensor([1.0, 0.0]))
+                p.copy_(torch.tensor([1.0, 0.05 if self.args.bigram_rows else 0.0]))
             elif name == "skip_lambdas":
                 p.fill_(1.0)
             else:
@@ -1183,8 +1178,7 @@ class GPT(nn.Module):
         x = self.embed(inputs_BT).to(self.residual_dtype)
         if args.norm_embed:
             x = norm(x, args.norm_eps)
-        x0, skips, mixed = x, [], [x]
-        is_first = bigram = None
+        x0, skips, mixed, is_first = x, [], [x], None
         if args.key_offset or args.bigram_rows:
             is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
             is_first[batch.cu_seqlens.long()] = True
@@ -1192,13 +1186,15 @@ class GPT(nn.Module):
         if self.bigram_embed is not None:  # record 62 of the modded-nanogpt speedrun
             token = inputs_BT.long()
             pair = 36_313 * token ^ 27_191 * shift(token, is_first)
-            bigram = self.bigram_embed(pair % args.bigram_rows).to(self.residual_dtype)
+            x0 = x + self.bigram_embed(pair % args.bigram_rows).to(self.residual_dtype)
+            if not args.embed_shortcut:
+                x = x0
         value_tables = [table(inputs_BT).to(self.dtype) for table in self.value_embeds]
         for i, block in enumerate(self.blocks):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
             value_embedding = value_tables[self.value_table[i]] if i in self.value_table else None
-            x = block(x, x0, self.rotary, batch, windows, value_embedding, bigram, is_first)
+            x = block(x, x0, self.rotary, batch, windows, value_embedding, is_first)
             if self.skip_lambdas is not None and i < args.num_layers // 2:
                 skips.append(x)
             if i in self.mixed:

@@ -581,6 +581,7 @@ SWITCHES = [
     dict(value_embeddings=2),
     dict(skip_connections=False),
     dict(embed_shortcut=False),
+    dict(embed_shortcut=False, bigram_rows=97),
     dict(mlp_ratio=2),
     dict(num_heads=1),
     dict(num_heads=3, attention_dim=24),
