@@ -113,6 +113,7 @@ class Hyperparameters:
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-10  # added to the root of the second moment
+    row_moments: bool = False  # embedding tables: one second moment per row, first ones in bfloat16
     weight_decay: float = 0.0  # decoupled, of all parameters; times the learning rate
     # Schedule
     train_steps: int = 1_500  # optimizer steps
@@ -1391,30 +1392,30 @@ def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express")
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of Muon and Adam: the work of a step is split over ranks, then gathered.
 
-    Each parameter group becomes one flat buffer of units (matrices for Muon, numbers for Adam),
-    padded so that every rank owns as many, and its parameters become views of it. A step sums
-    the gradients into each rank's share, updates the share, and gathers the shares. With one rank
-    the share is everything; the code is the same. Groups are lists of (name, parameter).
+    Each parameter group becomes one flat buffer of units (matrices for Muon, numbers or rows for
+    Adam), padded so that every rank owns as many, and its parameters become views of it. A step
+    sums the gradients into each rank's share, updates the share, and gathers the shares. With one
+    rank the share is everything; the code is the same. Groups are lists of (name, parameter).
     """
 
-    unit_ndim: int  # dimensions of a unit
+    unit_ndim: int  # dimensions of a unit, unless its group says otherwise
 
     def __init__(self, groups: list[dict], rank: int, world_size: int, **defaults):
-        super().__init__(groups, defaults)
+        super().__init__(groups, dict(unit_ndim=self.unit_ndim) | defaults)
         self.rank, self.world_size = rank, world_size
         self.flats = []
         for group in self.param_groups:
             group["initial_lr"], group["grad_scale"] = group["lr"], 1.0
-            flat = self.flatten([p.detach() for p in group["params"]])
+            flat = self.flatten([p.detach() for p in group["params"]], group["unit_ndim"])
             offset = 0
             for p in group["params"]:
                 p.data = flat.view(-1)[offset : offset + p.numel()].view_as(p)
                 offset += p.numel()
             self.flats.append(flat)
 
-    def flatten(self, tensors: list[Tensor]) -> Tensor:
+    def flatten(self, tensors: list[Tensor], unit_ndim: int) -> Tensor:
         """The units of all tensors in one tensor, zeros added to share them out evenly."""
-        unit_shape = tensors[0].shape[tensors[0].ndim - self.unit_ndim :]
+        unit_shape = tensors[0].shape[tensors[0].ndim - unit_ndim :]
         units = [tensor.reshape(-1, *unit_shape) for tensor in tensors]
         missing = -sum(map(len, units)) % self.world_size
         if len(units) == 1 and not missing:
@@ -1432,7 +1433,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
                     raise RunError(f"parameter {name} got no gradient: nothing in forward uses it")
-            grads = self.flatten([p.grad for p in group["params"]])
+            grads = self.flatten([p.grad for p in group["params"]], group["unit_ndim"])
             reductions.append((grads, reduce_scatter(grads, self.share(grads), self.world_size)))
         gathers = []
         for group, flat, (grads, wait) in zip(
@@ -1512,7 +1513,12 @@ def muon_update(
 
 
 class Adam(ShardedOptimizer):
-    """AdamW (Loshchilov and Hutter 2019), the same numbers as torch.optim.AdamW."""
+    """AdamW (Loshchilov and Hutter 2019), the same numbers as torch.optim.AdamW.
+
+    In a group whose units are rows, a row has one second moment, the running mean square of its
+    gradients, as in the Adagrad of Mudigere et al. 2021, and first moments are bfloat16: less than
+    two thirds of the memory to read and write.
+    """
 
     unit_ndim = 0
 
@@ -1523,7 +1529,9 @@ class Adam(ShardedOptimizer):
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         if not state:
             state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            by_row = group["unit_ndim"] == 1
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16 if by_row else p.dtype)
+            state["exp_avg_sq"] = p.new_zeros(len(p), 1) if by_row else torch.zeros_like(p)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
@@ -1539,9 +1547,13 @@ def adam_update(
     p, grad, grad_scale, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_size, root_bias2
 ) -> None:
     grad = grad * grad_scale
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    p.mul_(decay).sub_(step_size * exp_avg / (exp_avg_sq.sqrt() / root_bias2 + eps))
+    moment = exp_avg.float().lerp(grad, 1 - beta1)
+    exp_avg.copy_(moment)
+    square = grad.square()
+    if exp_avg_sq.shape != square.shape:
+        square = square.mean(-1, keepdim=True)
+    exp_avg_sq.lerp_(square, 1 - beta2)
+    p.mul_(decay).sub_(step_size * moment / (exp_avg_sq.sqrt() / root_bias2 + eps))
 
 
 LEARNING_RATES = ("matrix", "embed", "bigram", "head", "scalar")  # kinds of parameters
@@ -1564,12 +1576,13 @@ def build_optimizers(
             kind = "embed"
         else:
             kind = "matrix"
-        groups, key = adam_groups, kind
+        groups, key, units = adam_groups, kind, {}
         if kind in ("embed", "bigram", "head"):
             key = name  # a group of its own, so that nothing large is copied
+            units = dict(unit_ndim=1) if args.row_moments and kind != "head" else {}
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
-        groups.setdefault(key, dict(params=[], lr=lrs[kind]))["params"].append((name, p))
+        groups.setdefault(key, dict(params=[], lr=lrs[kind]) | units)["params"].append((name, p))
 
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
     muon = dict(momentum=args.muon_momentum, beta2=args.muon_beta2, nesterov=args.muon_nesterov,

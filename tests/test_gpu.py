@@ -55,7 +55,8 @@ def test_8_bit_gradients_are_added_up_exactly():
 
 
 NEWER = dict(key_offset=True, attention_dim=64, unigram_power=0.5, bigram_rows=101, bigram_lr=0.05,
-             muon_beta2=0.9, batch_stages="512,1024", tokens_ahead=3, triton_kernels=True)
+             muon_beta2=0.9, row_moments=True, batch_stages="512,1024", tokens_ahead=3,
+             triton_kernels=True)
 EIGHT_BITS = dict(triton_kernels=True, fp8_head=True, fp8_blocks=True)
 ALL_EIGHT_BITS = EIGHT_BITS | dict(fp8_gradients=True)
 

@@ -117,6 +117,26 @@ def test_adam_equals_torchs_adamw(betas, eps):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+def test_in_a_group_of_rows_adam_divides_a_row_by_its_root_mean_square():
+    ours = parameters((7, 5), (2, 5))
+    expected = torch.cat([p.detach().clone() for p in ours])
+    adam = Adam([dict(params=named(ours), lr=0.1, unit_ndim=1)], 0, 1, fuse=False,
+                betas=(0.5, 0.75), eps=1e-10, weight_decay=0.1)
+    first, second = torch.zeros(9, 5), torch.zeros(9, 1)
+    for step in range(1, 5):
+        gradient = torch.randn(9, 5) * torch.linspace(0.1, 3, 9)[:, None]
+        ours[0].grad, ours[1].grad = gradient[:7].clone(), gradient[7:].clone()
+        adam.step()
+        first = 0.5 * first + 0.5 * gradient
+        second = 0.75 * second + 0.25 * gradient.square().mean(1, keepdim=True)
+        update = first / (1 - 0.5**step) / (second / (1 - 0.75**step)).sqrt()
+        expected = expected * (1 - 0.1 * 0.1) - 0.1 * update
+        # The first moments are rounded to 8 bits of mantissa between the steps.
+        torch.testing.assert_close(torch.cat(ours).detach(), expected, atol=2e-3, rtol=0)
+    sizes = {name: value.dtype for name, value in adam.state[ours[0]].items() if name != "step"}
+    assert sizes == dict(exp_avg=torch.bfloat16, exp_avg_sq=torch.float32)
+
+
 # -----------------------------------------------------------------------------
 # Muon
 
@@ -210,6 +230,13 @@ def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(opti
             assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-10)
 
 
+def test_only_embedding_tables_have_moments_of_rows():
+    args = tiny_args(row_moments=True, bigram_rows=97, value_embeddings=1, output_mixing=True)
+    rows = {name for name, (_, group) in groups_of(build(args), args).items()
+            if group["unit_ndim"] == 1}
+    assert rows == {"embed.weight", "bigram_embed.weight", "value_embeds.0.weight"}
+
+
 def test_building_the_optimizers_changes_no_weight():
     args = tiny_args(num_layers=3)
     model, untouched = build(args), build(args)
@@ -257,6 +284,7 @@ OPTIMIZERS = {
     "normuon": dict(optimizer="muon", muon_beta2=0.9, key_offset=True, bigram_rows=31,
                     bigram_lr=0.05, batch_stages="512,1024", tokens_ahead=3,
                     train_steps=3),
+    "rows": dict(bigram_rows=31, row_moments=True),
 }
 
 
