@@ -209,12 +209,13 @@ BASELINE = dict(
 
 # In the making: what helped most in records/measurements.
 RECORD = dict(
-    batch_size=65_536, device_batch_size=65_536, val_row_length=65_536, num_layers=9, num_heads=4,
-    attention_dim=512, attention_gate=True, key_offset=True, unigram_power=0.5,
-    bigram_rows=5 * 50_304, output_mixing=True, matrix_lr=0.025, embed_lr=0.24, bigram_lr=0.5,
-    head_lr=0.0033, scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6,
-    adam_beta2=0.99, train_steps=5_500, cooldown_frac=0.55, loss_chunk_size=16_384,
-    sampled_vocab=16_000, tokens_ahead=3, fp8_head=True, fp8_blocks=True, fp8_gradients=True,
+    batch_size=65_536, batch_stages="65536,65536,131072", device_batch_size=65_536,
+    val_row_length=65_536, document_rests=True, num_layers=10, num_heads=4, attention_dim=512,
+    attention_gate=True, key_offset=True, unigram_power=0.5, bigram_rows=5 * 50_304,
+    output_mixing=True, matrix_lr=0.025, embed_lr=0.24, bigram_lr=0.5, head_lr=0.0033,
+    scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6, adam_beta2=0.99,
+    row_moments=True, train_steps=4_125, cooldown_frac=0.55, loss_chunk_size=16_384,
+    sampled_vocab=12_288, tokens_ahead=3, fp8_head=True, fp8_blocks=True, fp8_gradients=True,
     triton_kernels=True,
 )
 
@@ -239,9 +240,9 @@ RECIPES: dict[str, dict] = {
     "sample": SAMPLE,
     "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
     "sample-record": RECORD | SAMPLE | dict(
-        val_row_length=0, attention_dim=0, attention_gate=False, unigram_power=1.0,
-        bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=2_048, matrix_lr=0.05,
-        train_steps=12, cooldown_frac=0.45, val_loss_every=6, loss_chunk_size=2_048, tokens_ahead=1,
+        batch_stages="", val_row_length=0, attention_dim=0, attention_gate=False, unigram_power=1.0,
+        bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=1_024, matrix_lr=0.05,
+        train_steps=12, cooldown_frac=0.45, val_loss_every=6, loss_chunk_size=512, tokens_ahead=1,
         fp8_head=False, fp8_blocks=False, fp8_gradients=False, triton_kernels=False),
 }
 
