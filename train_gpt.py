@@ -362,8 +362,8 @@ def find_problem(args: Hyperparameters) -> str | None:
             return (f"--{name} must be a multiple of 16 with --fp8_head or --fp8_blocks, got "
                     f"{getattr(args, name)}")
     val_row = "val_row_length" if args.val_row_length else "row_length"
-    for name, row in (("batch_size", "row_length"), ("device_batch_size", "row_length"),
-                      ("val_batch_size", val_row), ("val_tokens", val_row)):
+    for name, row in (("device_batch_size", "row_length"), ("val_batch_size", val_row),
+                      ("val_tokens", val_row)):
         if getattr(args, name) % getattr(args, row):
             return (f"--{name} {getattr(args, name)} must be a multiple of --{row} "
                     f"{getattr(args, row)}")
@@ -371,8 +371,8 @@ def find_problem(args: Hyperparameters) -> str | None:
         return f"--batch_stages must be numbers, as 65536,131072; got {args.batch_stages!r}"
     for size in args.stage_batch_sizes:
         if size < 1 or size % args.row_length:
-            return (f"--batch_size and --batch_stages must be multiples of --row_length "
-                    f"{args.row_length}, got {size}")
+            name = "batch_stages" if args.batch_stages else "batch_size"
+            return f"--{name} must be a multiple of --row_length {args.row_length}, got {size}"
     if args.attention_width % args.num_heads or args.head_dim % 4:
         name = "attention_dim" if args.attention_dim else "model_dim"
         return (f"--{name} {args.attention_width} must be --num_heads {args.num_heads} times a "

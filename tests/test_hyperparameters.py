@@ -312,7 +312,7 @@ def test_the_baseline_recipe_is_that_of_the_benchmark():
 # Sizes that do not fit
 
 WRONG_SIZES = [
-    ("--batch_size 100", ["--batch_size 100", "--row_length 64"]),
+    ("--batch_size 100", ["--batch_size", "--row_length 64", "got 100"]),
     ("--batch_stages 128,100", ["--batch_stages", "--row_length 64", "got 100"]),
     ("--batch_stages 128,0", ["--batch_stages", "got 0"]),
     ("--batch_stages 128;256", ["--batch_stages", "'128;256'"]),
