@@ -1608,7 +1608,7 @@ def build_optimizers(
 def lr_multiplier(step: int, args: Hyperparameters) -> float:
     """Factor on the learning rates at this step: a linear rise, a plateau, a linear fall.
 
-    In a stage of smaller batches all of it is smaller, by a power of the batch.
+    In a stage of other batches than `batch_size` all of it goes with a power of the batch.
     """
     return (linear_schedule(step, args)
             * (args.batch_size_at(step) / args.batch_size) ** args.batch_lr_power)
