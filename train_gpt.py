@@ -62,7 +62,7 @@ class Hyperparameters:
     token_budget: int = 5_000_000_000  # training tokens at most
     # Data and batches
     batch_size: int = 393_216  # tokens per step, over all GPUs and micro-batches
-    batch_stages: str = ""  # instead: tokens per step in stages of equally many steps, as 512,1024
+    batch_stages: str = ""  # instead, in stages of equally many steps, as 512,1024
     batch_lr_power: float = 0.5  # learning rates go with (tokens of the step / batch_size)^this
     device_batch_size: int = 49_152  # tokens per micro-batch and GPU; changes memory, not training
     val_batch_size: int = 65_536  # tokens per validation forward and GPU; changes memory only
@@ -123,7 +123,7 @@ class Hyperparameters:
     # Numbers and speed
     dtype: str = "bfloat16"  # of matrix products and attention; weights are float32
     residual_dtype: str = "bfloat16"  # of the residual stream
-    loss_chunk_size: int = 8_192  # tokens whose logits exist at the same time
+    loss_chunk_size: int = 8_192  # tokens whose logits exist at once, and that share a sample
     sampled_vocab: int = 0  # tokens that a chunk compares with: its targets, and a sample; 0: all
     tokens_ahead: int = 1  # early in the run, training predicts so many next tokens at once
     attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
@@ -329,6 +329,8 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
     track = overrides.get("track", default_track)
     recipe = overrides.get("recipe") or default_recipe(track)
     names = dict(track=track, recipe=recipe)
+    if "batch_size" in overrides:  # it is asked for in place of the recipe's stages
+        names["batch_stages"] = overrides.get("batch_stages", "")
     args = Hyperparameters(**RECIPES[recipe] | TRACKS[track] | overrides | names)
     if problem := find_problem(args):
         parser.error(problem)
@@ -574,8 +576,8 @@ def find_shards(folder: Path) -> tuple[list[Path], list[Path]]:
 def estimate_shards(args: Hyperparameters) -> int:
     """Training shards of 100M tokens that the run needs; an estimate where documents are packed."""
     rows = (100_000_000 - 1) // args.row_length
-    if args.document_masking:
-        rows = int(rows * 0.9)  # cutting documents drops some 6%; the rest is for safety
+    if args.document_masking:  # cutting documents drops some 6%; the rest is for safety
+        rows = int(rows * (0.98 if args.document_rests else 0.9))
     shards = step = 0
     while step < args.train_steps:
         step += max(1, len(rows_of_steps(rows, step, args)))
@@ -1246,13 +1248,13 @@ def sample_vocabulary(targets_NK, log_weights_V, size: int) -> tuple[Tensor, Ten
 
     Returns `size` different tokens, what to add to their logits (float32), and the targets as
     places among the tokens (int32, -1 stays -1); where there are more first targets than places,
-    some get -1, and all others are taken to be first targets of other places. Tokens
-    of larger weight are drawn more often, and the drawn ones stand for those left out, so that the
-    sum of all exp(logits) is expected to be that over the vocabulary: priority sampling (Duffield,
-    Lund and Thorup 2007). Jean et al. 2015 trained on parts of the vocabulary before. Every
-    chunk draws its own, because it has fewer targets than a micro-batch, which leaves more places
-    for others, and because the errors of many samples cancel. So the size of chunks and the number
-    of ranks change what is drawn, though not what is expected.
+    some get -1, as does a later target that is no first target of the chunk, unless it is drawn.
+    Tokens of larger weight are drawn more often, and the drawn ones stand for those left out, so
+    that the sum of all exp(logits) is expected to be that over the vocabulary: priority sampling
+    (Duffield, Lund and Thorup 2007). Jean et al. 2015 trained on parts of the vocabulary before.
+    Every chunk draws its own, because it has fewer targets than a micro-batch, which leaves more
+    places for others, and because the errors of many samples cancel. So the size of chunks and the
+    number of ranks change what is drawn, though not what is expected.
     """
     is_target = torch.zeros_like(log_weights_V).index_fill(0, targets_NK[:, 0].long(), 1.0)
     chance = torch.rand_like(is_target).clamp_min(1e-8)
@@ -1284,13 +1286,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             from triton_kernels import capped_cross_entropy as losses_and_gradients
         size = args.sampled_vocab if args.samples_vocabulary else len(weight_VD)
         tokens, offsets, weight = slice(None), offsets_V, None
-        log_weights_V = weight_VD.new_zeros(len(weight_VD)) if offsets_V is None else offsets_V
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_weight, grad_x = torch.zeros_like(weight_VD), []
         for x, targets in split(args.loss_chunk_size, x_ND, targets_NK):
             if args.samples_vocabulary:  # by frequencies, if they are there, and else all alike
-                tokens, offsets, targets = sample_vocabulary(targets, log_weights_V, size)
-                offsets = offsets + log_weights_V[tokens]
+                weights_V = weight_VD.new_zeros(len(weight_VD)) if offsets_V is None else offsets_V
+                tokens, offsets, targets = sample_vocabulary(targets, weights_V, size)
+                offsets = offsets + weights_V[tokens]
             if args.samples_vocabulary or weight is None:
                 weight = pad_vocabulary(weight_VD[tokens].to(dtype))
                 weight = float8(weight) if fp8 else weight
@@ -1548,13 +1550,13 @@ def adam_update(
     p, grad, grad_scale, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_size, root_bias2
 ) -> None:
     grad = grad * grad_scale
-    moment = exp_avg.float().lerp(grad, 1 - beta1)
+    moment = exp_avg.float().lerp_(grad, 1 - beta1)
     exp_avg.copy_(moment)
-    square = grad.square()
+    square = grad.square_()
     if exp_avg_sq.shape != square.shape:
         square = square.mean(-1, keepdim=True)
     exp_avg_sq.lerp_(square, 1 - beta2)
-    p.mul_(decay).sub_(step_size * moment / (exp_avg_sq.sqrt() / root_bias2 + eps))
+    p.mul_(decay).sub_(moment * (step_size / (exp_avg_sq.sqrt() / root_bias2 + eps)))
 
 
 LEARNING_RATES = ("matrix", "embed", "bigram", "head", "scalar")  # kinds of parameters

@@ -2,7 +2,7 @@
 
     python records/step_profile.py [any option of train_gpt.py] [--out FILE.md] [--trace FILE.json]
 
-A step in the middle of each stage runs with that stage's windows and learning rates: first timed
+In the middle of the steps of each size, one runs with its windows and learning rates: first timed
 without the profiler, then profiled. The kernels of the profile are summed by part of the step, and
 each part is set against a limit: arithmetic at the rate of a large matrix product, or each tensor
 moved once at the memory's bandwidth. What no rule knows is listed as "other". Without a GPU the
@@ -302,7 +302,7 @@ def main(argv: list[str]) -> int:
         usage="step_profile.py [any option of train_gpt.py] [options]", allow_abbrev=False)
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the report there too")
     parser.add_argument("--trace", type=Path, metavar="FILE.json",
-                        help="keep the trace, for chrome://tracing; one for each stage")
+                        help="keep the trace, for chrome://tracing; one for each size of step")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps; default 5")
     parser.add_argument("--rate", type=float, default=782.0, metavar="TFLOP/S",
                         help="of a large bfloat16 matrix product; default 782, an H200's")

@@ -352,6 +352,16 @@ WRONG_SIZES = [
 ]
 
 
+def test_a_batch_size_that_is_asked_for_takes_the_place_of_the_recipes_stages():
+    options = ["--recipe", "record", "--track", "single-gpu"]
+    recipe = parse_hyperparameters(options)
+    asked = parse_hyperparameters([*options, "--batch_size", "131072"])
+    assert len(recipe.stage_batch_sizes) == 3 and asked.stage_batch_sizes == [131_072]
+    both = parse_hyperparameters([*options, "--batch_size", "131072",
+                                  "--batch_stages", "65536,131072"])
+    assert both.stage_batch_sizes == [65_536, 131_072]
+
+
 @pytest.mark.parametrize("options, named", WRONG_SIZES, ids=[options for options, _ in WRONG_SIZES])
 def test_sizes_that_do_not_fit_are_refused_by_name(options, named, refusal):
     message = refusal(*options.split())

@@ -413,20 +413,24 @@ def test_a_sample_by_frequency_comes_nearer_to_the_whole_loss():
 @pytest.mark.parametrize("biased", [False, True])
 def test_each_chunk_loses_the_cross_entropy_over_a_sample_of_its_own(biased, softcap, chunk_size):
     x, weight = 4 * torch.randn(40, 16), torch.randn(91, 16)
-    targets, bias = torch.randint(91, (40,)).int(), torch.randn(91) if biased else None
-    leaves = x.requires_grad_(), weight.requires_grad_()
+    targets, bias = torch.randint(91, (40, 2)).int(), torch.randn(91) if biased else None
+    leaves, ahead = (x.requires_grad_(), weight.requires_grad_()), torch.tensor([1.0, 0.5])
+    args = tiny_args(logit_softcap=softcap, loss_chunk_size=chunk_size, vocab_size=91,
+                     sampled_vocab=60)
     with torch.random.fork_rng():
-        loss = our_cross_entropy(x, weight, targets, softcap, chunk_size, bias, vocab_size=91,
-                                 sampled_vocab=60)
-    expected, log_weights = 0.0, bias if biased else torch.zeros(91)
+        loss = linear_cross_entropy(x, weight, targets, ahead, bias, args)
+    losses, log_weights = [0.0, 0.0], bias if biased else torch.zeros(91)
     for some_x, some_targets in zip(x.split(chunk_size), targets.split(chunk_size), strict=True):
-        tokens, offsets, places = sample(some_targets, log_weights, 60)  # as drawn above
+        tokens, offsets, places = sample_vocabulary(some_targets, log_weights, 60)  # as above
         logits = some_x.double() @ weight.double()[tokens].T
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         logits = logits + offsets + log_weights[tokens]
-        expected = expected + F.cross_entropy(logits, places.long(), reduction="sum")
+        for k in range(2):
+            losses[k] = losses[k] + F.cross_entropy(
+                logits, places[:, k].long(), reduction="sum", ignore_index=-1)
+    expected = losses[0] + 0.5 * losses[1]
     for got, wanted in zip([loss.detach(), *torch.autograd.grad(loss, leaves)],
-                           [expected.detach(), *torch.autograd.grad(expected, leaves)],
+                           [losses[0].detach(), *torch.autograd.grad(expected, leaves)],
                            strict=True):
         torch.testing.assert_close(got.double(), wanted.double(), atol=5e-5, rtol=1e-5)
 
@@ -487,14 +491,14 @@ def test_a_model_that_samples_moves_the_sampled_rows_of_its_head_alone():
 
 
 def test_a_sample_of_all_tokens_is_the_vocabulary():
-    args = tiny_args(sampled_vocab=256)
+    args = tiny_args(sampled_vocab=300)  # of 256
     model, batch = build(args), random_batch(args)
     loss = model(batch, NO_WINDOWS).detach()
     with torch.no_grad():
         torch.testing.assert_close(model(batch, NO_WINDOWS), loss)
 
 
-@pytest.mark.parametrize("size", [130, 256])
+@pytest.mark.parametrize("size", [130, 300])
 def test_a_logit_bias_is_added_after_the_cap_in_training_sampling_and_validation(size):
     args = tiny_args(unigram_power=0.5, sampled_vocab=size)
     model, batch = build(args), random_batch(args)
@@ -504,7 +508,7 @@ def test_a_logit_bias_is_added_after_the_cap_in_training_sampling_and_validation
     expected = -bias.log_softmax(0)[batch.targets_BT.long()].sum()
     with torch.no_grad():
         torch.testing.assert_close(model(batch, NO_WINDOWS), expected)
-    if size == args.vocab_size:
+    if size > args.vocab_size:
         torch.testing.assert_close(model(batch, NO_WINDOWS), expected)
         return
     losses = [model(batch, NO_WINDOWS).detach() for _ in range(300)]
@@ -523,6 +527,22 @@ def test_the_model_returns_the_sum_over_all_tokens():
     total = sum(model(part, NO_WINDOWS).item() for part in parts)
     assert model(rows, NO_WINDOWS).item() == pytest.approx(total, rel=1e-6)
     assert total / rows.targets_BT.numel() > 1
+
+
+@pytest.mark.parametrize("embed_shortcut", [True, False])
+def test_a_pair_comes_in_with_the_shortcut_of_the_embedding_or_else_at_the_start(embed_shortcut):
+    args = tiny_args(bigram_rows=97, embed_shortcut=embed_shortcut)
+    model, batch = build(args), random_batch(args)
+    torch.nn.init.normal_(model.bigram_embed.weight)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[:2]))
+    model(batch, NO_WINDOWS)
+    [(x, x0)] = seen
+    embedding = train_gpt.norm(model.embed(batch.inputs_BT), args.norm_eps)
+    assert torch.equal(x, embedding if embed_shortcut else x0)
+    assert not torch.equal(x0, embedding)
+    if embed_shortcut:  # a little of it from the start
+        assert GPT(args).blocks[0].residual_lambdas.tolist() == pytest.approx([1.0, 0.05])
 
 
 def test_a_pair_of_tokens_has_its_row_and_a_first_token_is_paired_with_itself():

@@ -133,8 +133,8 @@ def test_in_a_group_of_rows_adam_divides_a_row_by_its_root_mean_square():
         expected = expected * (1 - 0.1 * 0.1) - 0.1 * update
         # The first moments are rounded to 8 bits of mantissa between the steps.
         torch.testing.assert_close(torch.cat(ours).detach(), expected, atol=2e-3, rtol=0)
-    sizes = {name: value.dtype for name, value in adam.state[ours[0]].items() if name != "step"}
-    assert sizes == dict(exp_avg=torch.bfloat16, exp_avg_sq=torch.float32)
+    dtypes = {name: value.dtype for name, value in adam.state[ours[0]].items() if name != "step"}
+    assert dtypes == dict(exp_avg=torch.bfloat16, exp_avg_sq=torch.float32)
 
 
 # -----------------------------------------------------------------------------
