@@ -19,11 +19,17 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_numbers_of_any_size_keep_three_bits_of_mantissa(size):
     x = size * torch.randn(100, 32)
-    for bound in (None, 4 * x.abs().max()):
-        rounded = value(float8(x, bound))
-        large = x.abs() > x.abs().max() / 1000
-        error = ((rounded - x).abs() / x.abs())[large]
-        assert 1 / 40 < error.max() <= 1 / 16
+    rounded = value(float8(x, 4 * x.abs().max()))
+    large = x.abs() > x.abs().max() / 1000
+    error = ((rounded - x).abs() / x.abs())[large]
+    assert 1 / 40 < error.max() <= 1 / 16
+
+
+@pytest.mark.parametrize("size", [0.0006, 0.05, 1.0, 15.9])
+def test_weights_of_all_usual_sizes_keep_three_bits_of_mantissa(size):
+    x = size * (1 + torch.rand(100, 32)).clamp_max(16 / size)
+    error = (value(float8(x)) - x).abs() / x
+    assert error.max() <= 1 / 16
 
 
 def test_zeros_stay_zeros():
@@ -83,17 +89,17 @@ def test_gradients_of_any_usual_size_keep_two_bits(size):
 
 
 @pytest.mark.parametrize("activation", ["relu2", "gelu"])
-@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0])
 def test_the_bounds_in_an_mlp_hold_and_are_reached_in_the_worst_case(
     activation, size, monkeypatch
 ):
     """By an input parallel to the longest row of weights, but for the rounding to 8 bits."""
     mlp, seen = MLP(tiny_args(fp8_blocks=True, activation=activation)), []
 
-    def watched(x, bound=None):
-        if bound is not None:
-            seen.append((x.abs().max() / bound).item())
-        return float8(x, bound)
+    def watched(x, *bound):
+        if bound:
+            seen.append((x.abs().max() / bound[0]).item())
+        return float8(x, *bound)
 
     D = mlp.up.size(1)
     with torch.no_grad():

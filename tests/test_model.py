@@ -295,8 +295,8 @@ def our_cross_entropy(x, weight, targets, softcap, chunk_size, offsets=None, **s
 
 
 def sample(targets, log_weights, size):
-    tokens, offsets, places = sample_vocabulary(targets[:, None], log_weights, size)
-    return tokens, offsets, places[:, 0]
+    tokens, offsets, places = sample_vocabulary(targets[None, :, None], log_weights, size)
+    return tokens[0], offsets[0], places[0, :, 0]
 
 
 def reference_cross_entropy(x, weight, targets, softcap):
@@ -408,7 +408,7 @@ def test_a_sample_by_frequency_comes_nearer_to_the_whole_loss():
     assert errors[1] < errors[0] / 2
 
 
-@pytest.mark.parametrize("chunk_size", [7, 1000])
+@pytest.mark.parametrize("chunk_size", [8, 1000])
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 @pytest.mark.parametrize("biased", [False, True])
 def test_each_chunk_loses_the_cross_entropy_over_a_sample_of_its_own(biased, softcap, chunk_size):
@@ -420,8 +420,9 @@ def test_each_chunk_loses_the_cross_entropy_over_a_sample_of_its_own(biased, sof
     with torch.random.fork_rng():
         loss = linear_cross_entropy(x, weight, targets, ahead, bias, args)
     losses, log_weights = [0.0, 0.0], bias if biased else torch.zeros(91)
-    for some_x, some_targets in zip(x.split(chunk_size), targets.split(chunk_size), strict=True):
-        tokens, offsets, places = sample_vocabulary(some_targets, log_weights, 60)  # as above
+    chunks = targets.unflatten(0, (-1, min(chunk_size, 40)))
+    drawn = sample_vocabulary(chunks, log_weights, 60)  # the same as above
+    for some_x, tokens, offsets, places in zip(x.split(chunk_size), *drawn, strict=True):
         logits = some_x.double() @ weight.double()[tokens].T
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         logits = logits + offsets + log_weights[tokens]
@@ -475,9 +476,18 @@ def test_the_next_tokens_end_with_their_row():
 def test_a_sample_keeps_the_tokens_ahead_and_the_ends_of_rows():
     targets = torch.randint(500, (2, 30)).int()
     ahead = train_gpt.next_tokens(targets, 3)
-    tokens, _, places = sample_vocabulary(ahead, torch.zeros(500), 80)
-    assert torch.equal(places < 0, ahead < 0)
-    assert torch.equal(tokens[places.long()][places >= 0], ahead[ahead >= 0].long())
+    tokens, _, places = sample_vocabulary(ahead[None], torch.zeros(500), 80)
+    assert torch.equal(places[0] < 0, ahead < 0)
+    assert torch.equal(tokens[0, places[0].long()][places[0] >= 0], ahead[ahead >= 0].long())
+
+
+def test_chunks_hold_their_own_targets_and_draw_the_rest_independently():
+    targets = torch.arange(60).view(2, 30, 1).int()
+    tokens, _, _ = sample_vocabulary(targets, torch.zeros(5_000), 1_030)
+    sets = [set(some.tolist()) for some in tokens]
+    for some, own in zip(sets, targets.flatten(1).tolist(), strict=True):
+        assert len(some) == 1_030 and some >= set(own)
+    assert 100 < len(sets[0] & sets[1]) < 300  # 1,000 of 5,000, twice
 
 
 def test_a_model_that_samples_moves_the_sampled_rows_of_its_head_alone():
@@ -500,7 +510,7 @@ def test_a_sample_of_all_tokens_is_the_vocabulary():
 
 @pytest.mark.parametrize("size", [130, 300])
 def test_a_logit_bias_is_added_after_the_cap_in_training_sampling_and_validation(size):
-    args = tiny_args(unigram_power=0.5, sampled_vocab=size)
+    args = tiny_args(unigram_power=0.5, sampled_vocab=size, loss_chunk_size=64)
     model, batch = build(args), random_batch(args)
     bias = 3 * torch.randn(args.vocab_size)
     model.logit_bias.copy_(bias)
