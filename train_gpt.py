@@ -254,7 +254,7 @@ TRACKS: dict[str, dict] = {
                        val_tokens=10_485_760, token_budget=10_000_000_000),
     "gpt2-medium": dict(recipe="modern-medium", data_path="data/fineweb10B", target=2.92,
                         val_tokens=10_485_760, token_budget=10_000_000_000),
-    "sample": dict(recipe="sample", data_path="data/sample", target=7.2,
+    "sample": dict(recipe="sample-record", data_path="data/sample", target=7.2,
                    val_tokens=16_384, token_budget=2_000_000),
 }
 

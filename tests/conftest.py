@@ -24,10 +24,10 @@ START = train_gpt.DOCUMENT_START
 
 # A vocabulary without START: for models on batches built here, or without document masking.
 TINY = dict(
-    track="sample", batch_size=512, device_batch_size=256, val_batch_size=128, val_tokens=512,
-    row_length=64, max_document_length=64, vocab_size=256, num_layers=2, num_heads=2, model_dim=32,
-    value_embeddings=1, window_start=0, window_end=0, train_steps=4, loss_chunk_size=48,
-    dtype="float32", residual_dtype="float32", compile=False, attention="sdpa",
+    track="sample", recipe="sample", batch_size=512, device_batch_size=256, val_batch_size=128,
+    val_tokens=512, row_length=64, max_document_length=64, vocab_size=256, num_layers=2,
+    num_heads=2, model_dim=32, value_embeddings=1, window_start=0, window_end=0, train_steps=4,
+    loss_chunk_size=48, dtype="float32", residual_dtype="float32", compile=False, attention="sdpa",
 )
 
 

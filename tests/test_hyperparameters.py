@@ -16,7 +16,8 @@ import train_gpt
 from train_gpt import parse_hyperparameters, reasons_not_a_record
 
 FIELDS = {field.name: field for field in dataclasses.fields(train_gpt.Hyperparameters)}
-SMALL = "--track sample --model_dim 16 --num_heads 2 --num_layers 2 --row_length 64".split()
+SMALL = ("--track sample --recipe sample --model_dim 16 --num_heads 2 --num_layers 2 "
+         "--row_length 64").split()
 
 # Another value of each field, as text, that is fine next to SMALL.
 OTHER = dict(
@@ -181,7 +182,8 @@ def test_help_explains_every_field_with_its_comment(monkeypatch, capsys):
 
 def test_defaults_then_recipe_then_track_then_command_line(monkeypatch):
     recipes, tracks = train_gpt.RECIPES, train_gpt.TRACKS
-    monkeypatch.setitem(recipes, "sample", recipes["sample"] | dict(target=1.0, log_every=3))
+    recipe = tracks["sample"]["recipe"]
+    monkeypatch.setitem(recipes, recipe, recipes[recipe] | dict(target=1.0, log_every=3))
     monkeypatch.setitem(tracks, "sample", tracks["sample"] | dict(target=2.0, val_loss_every=4))
     args = parse_hyperparameters(["--track", "sample"])
     assert args.seed == FIELDS["seed"].default  # neither recipe nor track
@@ -322,6 +324,7 @@ WRONG_SIZES = [
     ("--val_row_length 96", ["--val_batch_size", "--val_row_length 96"]),
     ("--val_row_length -64", ["--val_row_length", "negative"]),
     ("--sampled_vocab -1", ["--sampled_vocab", "negative"]),
+    ("--sampled_vocab 100 --loss_chunk_size 48", ["--device_batch_size", "--loss_chunk_size 48"]),
     ("--val_tokens 1000", ["--val_tokens 1000", "--row_length 64"]),
     ("--model_dim 18", ["--model_dim 18", "--num_heads 2"]),
     ("--model_dim 12", ["--model_dim 12", "--num_heads 2"]),  # an odd number of rotary pairs

@@ -396,9 +396,10 @@ def profile(*argv, cwd, **env) -> subprocess.CompletedProcess:
                           cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
-SMALL = ("--track sample --num_layers 2 --model_dim 32 --row_length 64 --max_document_length 64 "
-         "--device_batch_size 128 --val_batch_size 128 --window_start 0 --window_end 0 "
-         "--batch_stages 128,256 --train_steps 4 --loss_chunk_size 128 --steps 2").split()
+SMALL = ("--track sample --recipe sample --num_layers 2 --model_dim 32 --row_length 64 "
+         "--max_document_length 64 --device_batch_size 128 --val_batch_size 128 --window_start 0 "
+         "--window_end 0 --batch_stages 128,256 --train_steps 4 --loss_chunk_size 128 --steps 2"
+         ).split()
 
 
 def test_a_run_on_a_cpu_tells_the_parts_of_each_stage(tmp_path):
