@@ -29,6 +29,7 @@ from train_gpt import (
     estimate_shards,
     find_shards,
     parse_hyperparameters,
+    switch_off,
 )
 
 MIN_PYTHON, MIN_TORCH = (3, 11), (2, 11)
@@ -36,17 +37,16 @@ LOG_BYTES = 100_000_000  # what the logs and curves of a run may take, generousl
 
 
 def estimate_memory(args: Hyperparameters) -> float:
-    """GPU memory of a run in GiB, fitted to the measured runs in records/; within some 10%.
-
-    With 8-bit floats it is up to 20% less.
-    """
+    """GPU memory of a run in GiB, fitted to the measured runs in records/; within some 10%."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(args).parameters())
     # Validation keeps nothing for a backward pass.
     tokens = max(args.device_batch_size, args.val_batch_size // 4)
+    vocabulary = args.sampled_vocab if args.samples_vocabulary else args.vocab_size
     num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
-                 + 55 * args.num_layers * args.model_dim * tokens  # activations
-                 + 2.3 * args.loss_chunk_size * args.vocab_size)  # logits
+                 # activations
+                 + (38 if args.fp8_blocks else 55) * args.num_layers * args.model_dim * tokens
+                 + 2.3 * args.loss_chunk_size * vocabulary)  # logits
     return 1.05 * num_bytes / 2**30 + 0.7  # what the allocator leaves unused, and CUDA itself
 
 
@@ -157,6 +157,8 @@ def check_disk(report: Report, args: Hyperparameters, missing_bytes: int) -> Non
 def main() -> int:
     argv = sys.argv[1:]
     args = parse_hyperparameters([option for option in argv if option != "--advise"])
+    if torch.cuda.is_available():
+        args, _ = switch_off(args, torch.device("cuda", 0))
     if "--advise" in argv:
         try:
             print(advise(args, free_memory()) if torch.cuda.is_available() else "")

@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import lzma
+import re
 import shutil
 import subprocess
 import sys
@@ -587,3 +589,23 @@ def test_sample():
     assert check_shard(folder / "sample_train_000001.bin") > 2_000_000
     assert not seen["sample_val_000000.bin"] & seen["sample_train_000001.bin"]
     assert all("/" not in name and "\\" not in name for name in sidecar["inputs"])
+
+
+# -----------------------------------------------------------------------------
+# data/check.py
+
+
+def test_the_estimate_of_memory_agrees_with_what_readme_measured():
+    # records/ has a module of that name too.
+    spec = importlib.util.spec_from_file_location("data_check", ROOT / "data" / "check.py")
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    rows = re.findall(r"^\| `(\S+)` \| ([\d,]+)(?: \(default\))?(?:, `(.*)`)? \| .* / ([\d,]+) MiB",
+                      (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"modern", "baseline", "record"} <= {row[0] for row in rows}
+    for recipe, size, options, reserved in rows:
+        args = parse_hyperparameters(["--track", "single-gpu", "--recipe", recipe,
+                                      "--device_batch_size", size.replace(",", ""),
+                                      *options.split()])
+        measured = int(reserved.replace(",", "")) / 1024 + 0.5  # and CUDA's own
+        assert check.estimate_memory(args) == pytest.approx(measured, rel=0.1), (recipe, size)
