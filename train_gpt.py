@@ -375,8 +375,8 @@ def find_problem(args: Hyperparameters) -> str | None:
         if size < 1 or size % args.row_length:
             name = "batch_stages" if args.batch_stages else "batch_size"
             return f"--{name} must be a multiple of --row_length {args.row_length}, got {size}"
-    if args.samples_vocabulary and args.device_batch_size % min(args.loss_chunk_size,
-                                                                args.device_batch_size):
+    chunk = min(args.loss_chunk_size, args.device_batch_size)
+    if args.samples_vocabulary and args.device_batch_size % chunk:
         return (f"--device_batch_size {args.device_batch_size} must be a multiple of "
                 f"--loss_chunk_size {args.loss_chunk_size} with --sampled_vocab")
     if args.attention_width % args.num_heads or args.head_dim % 4:
