@@ -27,6 +27,7 @@ from train_gpt import (
     check_shard,
     data_folder,
     estimate_shards,
+    find_problem,
     find_shards,
     parse_hyperparameters,
     switch_off,
@@ -37,15 +38,15 @@ LOG_BYTES = 100_000_000  # what the logs and curves of a run may take, generousl
 
 
 def estimate_memory(args: Hyperparameters) -> float:
-    """GPU memory of a run in GiB, fitted to the measured runs in records/; within some 10%."""
+    """GPU memory of a run in GiB, fitted to the recipes' runs in records/; within some 10%."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(args).parameters())
     # Validation keeps nothing for a backward pass.
     tokens = max(args.device_batch_size, args.val_batch_size // 4)
     vocabulary = args.sampled_vocab if args.samples_vocabulary else args.vocab_size
+    per_number = (38 if args.fp8_gradients else 50) if args.fp8_blocks else 55
     num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
-                 # activations
-                 + (38 if args.fp8_blocks else 55) * args.num_layers * args.model_dim * tokens
+                 + per_number * args.num_layers * args.model_dim * tokens  # activations
                  + 2.3 * args.loss_chunk_size * vocabulary)  # logits
     return 1.05 * num_bytes / 2**30 + 0.7  # what the allocator leaves unused, and CUDA itself
 
@@ -89,7 +90,8 @@ def advise(args: Hyperparameters, free: float) -> str:
         val_rows = max(1, size // args.max_val_length)
         val_size = min(val_rows * args.max_val_length, args.val_batch_size)
         smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=val_size)
-        if rows % n == 0 and estimate_memory(smaller) < 0.9 * free:
+        fits = rows % n == 0 and find_problem(smaller) is None
+        if fits and estimate_memory(smaller) < 0.9 * free:
             return f"--device_batch_size {size} --val_batch_size {val_size}"
     raise RunError(f"about {estimate_memory(smaller):.0f} GiB of GPU memory are needed at least, "
                    f"but {free:.0f} GiB are free")

@@ -475,6 +475,7 @@ def test_the_next_tokens_end_with_their_row():
 
 def test_a_sample_keeps_the_tokens_ahead_and_the_ends_of_rows():
     targets = torch.randint(500, (2, 30)).int()
+    targets[0, 3] = 0  # which is no -1
     ahead = train_gpt.next_tokens(targets, 3)
     tokens, _, places = sample_vocabulary(ahead[None], torch.zeros(500), 80)
     assert torch.equal(places[0] < 0, ahead < 0)
@@ -488,6 +489,16 @@ def test_chunks_hold_their_own_targets_and_draw_the_rest_independently():
     for some, own in zip(sets, targets.flatten(1).tolist(), strict=True):
         assert len(some) == 1_030 and some >= set(own)
     assert 100 < len(sets[0] & sets[1]) < 300  # 1,000 of 5,000, twice
+
+
+def test_each_chunk_stands_for_the_whole_vocabulary_however_many_targets_it_has():
+    few, many = torch.zeros(600), torch.arange(600)
+    targets = torch.stack([few, many])[..., None].int()
+    sizes = []
+    for _ in range(20):
+        _, offsets, _ = sample_vocabulary(targets, torch.zeros(2_000), 1_000)
+        sizes.append(offsets.exp().sum(1))
+    assert torch.stack(sizes).mean(0).tolist() == pytest.approx([2_000, 2_000], rel=0.02)
 
 
 def test_a_model_that_samples_moves_the_sampled_rows_of_its_head_alone():
