@@ -207,7 +207,7 @@ BASELINE = dict(
     residual_dtype="float32",
 )
 
-# For one Hopper GPU. Why each of these: records/webmix and records/measurements.
+# For one Hopper GPU. Why each of these: records/measurements.
 RECORD = dict(
     batch_size=65_536, batch_stages="65536,65536,131072", device_batch_size=65_536,
     val_row_length=65_536, document_rests=True, num_layers=10, num_heads=4, attention_dim=512,
