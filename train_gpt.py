@@ -859,7 +859,7 @@ def float8(x: Tensor, bound=16.0) -> Float8:
     """
     limit = torch.finfo(torch.float8_e4m3fn).max
     scale = float8_scale(torch.as_tensor(bound, device=x.device))
-    values = (x.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
+    values = (x.float() * (1 / scale)).clamp(-limit, limit).to(torch.float8_e4m3fn)
     return Float8(values, scale)
 
 
@@ -1386,19 +1386,19 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al. 2024
 def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express") -> Tensor:
     """The nearest semi-orthogonal matrix, roughly, to each of N matrices (R, C).
 
-    Five steps X <- (aI + bA + cA^2)X with A = XX^T, in bfloat16 on a GPU. The singular values of
-    the result lie near 1 rather than at it, which Muon does not mind (Jordan et al. 2024).
+    Five steps X <- (aI + bA + cA^2)X with A = XX^T, in bfloat16 on a GPU; for a tall matrix
+    X(aI + bA + cA^2) with A = X^TX, which is smaller. The singular values of the result lie near 1
+    rather than at it, which Muon does not mind (Jordan et al. 2024).
     """
     X = G_NRC.bfloat16() if G_NRC.is_cuda else G_NRC.float()
     tall = X.size(-2) > X.size(-1)
-    if tall:
-        X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    identity = torch.eye(X.size(-2), device=X.device)  # float32, and so is the sum it is in
+    identity = torch.eye(min(X.shape[-2:]), device=X.device)  # float32, and so is the sum it is in
     for a, b, c in POLAR_EXPRESS if iteration == "polar-express" else NEWTON_SCHULZ:
-        A = X @ X.mT
-        X = (a * identity + b * A + c * (A @ A)).type_as(X) @ X
-    return X.mT if tall else X
+        A = X.mT @ X if tall else X @ X.mT
+        A = (a * identity + b * A + c * (A @ A)).type_as(X)
+        X = X @ A if tall else A @ X
+    return X
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
