@@ -8,6 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton's interpreter, which runs the kernels on a CPU, knows no machine instructions.
 INTERPRETED = triton.knobs.runtime.interpret
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -16,6 +17,15 @@ def _tanh(x, INTERPRETED: tl.constexpr):
         return 2 * tl.sigmoid(2 * x) - 1
     # One instruction of the special function units, which these kernels keep waiting for.
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
+                                     is_pure=True, pack=1)
+
+
+@triton.jit
+def _exp2(x, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        return tl.exp2(x)
+    # One instruction instead of four, which look after results below 2^-126; here they may be 0.
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
                                      is_pure=True, pack=1)
 
 
@@ -32,12 +42,12 @@ def _losses(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         inside = start + columns < vocab_size
-        x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(logits + start + columns, mask=inside).to(tl.float32)
         # The cap bounds the sum, so that no pass for a maximum is needed.
-        z = softcap * _tanh(x * (1 / softcap), INTERPRETED)
+        z = softcap * LOG2_E * _tanh(x * (1 / softcap), INTERPRETED)
         if HAS_OFFSETS:
-            z += tl.load(offsets + start + columns, mask=inside, other=0.0)
-        total += tl.where(inside, tl.exp(z), 0.0)
+            z += LOG2_E * tl.load(offsets + start + columns, mask=inside)
+        total += tl.where(inside, _exp2(z, INTERPRETED), 0.0)
     log_total = tl.log(tl.sum(total, 0))
     target = tl.load(targets + row * num_targets)
     column = tl.maximum(target, 0)
@@ -54,30 +64,32 @@ def _gradients(
     logits, targets, ahead, offsets, log_totals, grad, scale: tl.constexpr,
     softcap: tl.constexpr, vocab_size: tl.constexpr, num_rows: tl.constexpr,
     row_stride: tl.constexpr, num_targets: tl.constexpr, HAS_OFFSETS: tl.constexpr,
-    SIDE: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):
     """A program does a tile. Offsets from the tile's corner fit 32 bits, which are faster."""
-    first_row = tl.program_id(1).to(tl.int64) * SIDE
-    first_column = tl.program_id(0) * SIDE
-    row = tl.arange(0, SIDE)[:, None]
-    column = first_column + tl.arange(0, SIDE)[None, :]
+    first_row = tl.program_id(1).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     corner, offset = first_row * row_stride, row * row_stride + column
     is_row = row < num_rows - first_row
     inside = is_row & (column < row_stride)
-    x = tl.load(logits + corner + offset, mask=inside, other=0.0).to(tl.float32)
-    log_total = tl.load(log_totals + first_row + row, mask=is_row, other=0.0)
+    x = tl.load(logits + corner + offset, mask=inside).to(tl.float32)
+    shift = -LOG2_E * tl.load(log_totals + first_row + row, mask=is_row)
     if HAS_OFFSETS:
-        log_total -= tl.load(offsets + column, mask=column < vocab_size, other=0.0)
+        shift += LOG2_E * tl.load(offsets + column, mask=column < vocab_size)
     t = _tanh(x * (1 / softcap), INTERPRETED)
-    total_weight = tl.zeros((SIDE, 1), tl.float32)
-    on_target = tl.zeros((SIDE, SIDE), tl.float32)
+    total_weight = tl.zeros((ROWS, 1), tl.float32)
+    hits = 0
     for k in tl.static_range(num_targets):
         target = tl.load(targets + (first_row + row) * num_targets + k, mask=is_row, other=-1)
-        weight = tl.load(ahead + k)
-        total_weight += tl.where(target >= 0, weight, 0.0)
-        on_target += tl.where(column == target, weight, 0.0)
-    g = tl.exp(softcap * t - log_total) * total_weight - on_target
-    g = tl.where(column < vocab_size, g * (1 - t * t) * scale, 0.0)
+        total_weight += tl.where(target >= 0, tl.load(ahead + k) * scale, 0.0)
+        hits += tl.sum((target // COLUMNS == tl.program_id(0)).to(tl.int32))
+    g = _exp2(softcap * LOG2_E * t + shift, INTERPRETED) * total_weight
+    if hits > 0:  # few tiles hold a target
+        for k in tl.static_range(num_targets):
+            target = tl.load(targets + (first_row + row) * num_targets + k, mask=is_row, other=-1)
+            g -= tl.where(column == target, tl.load(ahead + k) * scale, 0.0)
+    g = tl.where(column < vocab_size, g * (1 - t * t), 0.0)
     tl.store(grad + corner + offset, g.to(grad.dtype.element_ty), mask=inside)
 
 
@@ -103,11 +115,11 @@ def capped_cross_entropy(
         logits_NV, targets_NK, offsets_V, losses, log_totals, softcap, vocab_size, row_stride,
         num_targets, offsets_V is not None, BLOCK=2048, INTERPRETED=INTERPRETED, num_warps=4)
     grad = torch.empty_like(logits_NV, dtype=dtype)
-    SIDE = 64
-    _gradients[triton.cdiv(row_stride, SIDE), triton.cdiv(num_rows, SIDE)](
+    ROWS, COLUMNS = 8, 128
+    _gradients[triton.cdiv(row_stride, COLUMNS), triton.cdiv(num_rows, ROWS)](
         logits_NV, targets_NK, ahead_K, offsets_V, log_totals, grad, scale, softcap,
-        vocab_size, num_rows, row_stride, num_targets, offsets_V is not None, SIDE,
-        INTERPRETED=INTERPRETED, num_warps=4)
+        vocab_size, num_rows, row_stride, num_targets, offsets_V is not None, ROWS, COLUMNS,
+        INTERPRETED=INTERPRETED, num_warps=1)
     return losses, grad
 
 
