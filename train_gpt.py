@@ -215,7 +215,7 @@ RECORD = dict(
     output_mixing=True, matrix_lr=0.025, embed_lr=0.24, bigram_lr=0.5, head_lr=0.0033,
     scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6, adam_beta2=0.99,
     row_moments=True, train_steps=4_125, cooldown_frac=0.55, loss_chunk_size=16_384,
-    sampled_vocab=12_288, tokens_ahead=3, fp8_head=True, fp8_blocks=True, fp8_gradients=True,
+    sampled_vocab=14_336, tokens_ahead=3, fp8_head=True, fp8_blocks=True, fp8_gradients=True,
     triton_kernels=True,
 )
 
