@@ -38,8 +38,9 @@ SAMPLE_SIGMA = 0.022
 
 SHARD_HASHES = json.loads((Path(__file__).parent / "data_hashes.json").read_text())
 FINEWEB_SHARD_BYTES = 200_001_024  # 100M tokens
-# Environment variables that set flags of the compiler; where it caches is nobody's concern.
-FORBIDDEN_VARIABLE = "TORCH(INDUCTOR|DYNAMO|_COMPILE)_(?!CACHE_DIR)"
+# Environment variables that set flags of the compiler. Where it caches, and how many processes it
+# compiles in, change nothing in what comes out.
+FORBIDDEN_VARIABLE = r"TORCH(INDUCTOR|DYNAMO|_COMPILE)_(?!(CACHE_DIR|COMPILE_THREADS)\b)"
 NOT_SETTINGS = {"seed", "run_id", "log_dir", "log_every", "log_wandb", "wandb_project",
                 "wandb_name"}  # hyper-parameters in which the runs of one record may differ
 

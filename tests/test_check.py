@@ -426,6 +426,7 @@ FORBIDDEN = [
     "settings = dict(mode='max-autotune-no-cudagraphs')",
     "os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'",
     "os.environ.setdefault('TORCHINDUCTOR_FREEZING', '1')",
+    "os.environ['TORCHINDUCTOR_CACHE_DIR_AND_MORE'] = '1'",
     "os.environ.update(TORCHINDUCTOR_FREEZING='1')",
     "os.environ |= {'TORCH_COMPILE_DEBUG': '1'}",
     "if (:",
@@ -440,6 +441,7 @@ ALLOWED = [
     "def f():\n    '''TORCHINDUCTOR_FREEZING=1, and torch.compile(mode='x'), are forbidden.'''",
     "print('max-autotune is forbidden, and so is torch._inductor.config')",
     "os.environ['TORCHINDUCTOR_CACHE_DIR'] = 'cache'",
+    "os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '4'",
     "re.compile('x', flags=re.M)",
     "open('x', mode='r')",
 ]
@@ -464,7 +466,8 @@ def test_train_gpt_sets_no_flags():
 
 
 @pytest.mark.parametrize("environment", [
-    "TORCHINDUCTOR_CACHE_DIR=x", "TORCH_CUDA_ARCH_LIST=9.0a NCCL_NVLS_ENABLE=0", "no settings"])
+    "TORCHINDUCTOR_CACHE_DIR=x", "TORCHINDUCTOR_COMPILE_THREADS=14",
+    "TORCH_CUDA_ARCH_LIST=9.0a NCCL_NVLS_ENABLE=0", "no settings"])
 def test_an_environment_without_flags_passes(tmp_path, environment):
     assert check_texts(tmp_path, our_log(environment=environment)).is_record
 
