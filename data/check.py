@@ -43,11 +43,10 @@ def estimate_memory(args: Hyperparameters) -> float:
         parameters = sum(p.numel() for p in GPT(args).parameters())
     # Validation keeps nothing for a backward pass.
     tokens = max(args.device_batch_size, args.val_batch_size // 4)
-    vocabulary = args.sampled_vocab if args.samples_vocabulary else args.vocab_size
-    per_number = (38 if args.fp8_gradients else 50) if args.fp8_blocks else 55
+    per_number = (36 if args.fp8_gradients else 50) if args.fp8_blocks else 55
     num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
                  + per_number * args.num_layers * args.model_dim * tokens  # activations
-                 + 2.3 * args.loss_chunk_size * vocabulary)  # logits
+                 + 2.3 * args.loss_chunk_size * args.vocab_size)  # logits, in validation of all tokens
     return 1.05 * num_bytes / 2**30 + 0.7  # what the allocator leaves unused, and CUDA itself
 
 

@@ -1,0 +1,2235 @@
+"""Train a GPT-2-small-class language model on FineWeb to a fixed validation loss, fast.
+
+The default track is one GPU, val loss <= 3.3821 on the first 1,048,576 FineWeb validation tokens
+with at most 5B training tokens; TRACKS lists the others. Read from top to bottom: hyper-parameters,
+data, model, optimizers, schedules, evaluation, logging, main.
+
+    ./run.sh                                                    # finds the hardware and the data
+    python train_gpt.py                                         # one GPU, or a CPU (track `sample`)
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       # several GPUs, the same training
+    python train_gpt.py --recipe baseline --train_steps 400     # any hyper-parameter by its name
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+# Hyper-parameters, recipes and tracks
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """All that defines a run. Edit a default here, or override it: `--train_steps 2000`."""
+
+    # The run
+    track: str = "single-gpu"  # a row of TRACKS; without a GPU the default is `sample`
+    recipe: str = "modern"  # a row of RECIPES; the default is the track's
+    seed: int = 1337  # fixes the initial weights; the order of the data is always the same
+    run_id: str = ""  # name of the log; empty: made from the date, the recipe and the seed
+    # The claim: a run that changes one of these four is not a record of its track
+    data_path: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin
+    target: float = 0.0  # val loss to reach, nats per token
+    val_tokens: int = 1_048_576  # the first so many tokens of the val shards
+    token_budget: int = 5_000_000_000  # training tokens at most
+    # Data and batches
+    batch_size: int = 393_216  # tokens per step, over all GPUs and micro-batches
+    batch_stages: str = ""  # instead, in stages of equally many steps, as 512,1024
+    batch_lr_power: float = 0.5  # learning rates go with (tokens of the step / batch_size)^this
+    device_batch_size: int = 49_152  # tokens per micro-batch and GPU; changes memory, not training
+    val_batch_size: int = 65_536  # tokens per validation forward and GPU; changes memory only
+    row_length: int = 16_384  # tokens per row; no document and no attention crosses a row
+    val_row_length: int = 0  # the same for validation; 0: row_length
+    document_masking: bool = True  # pack whole documents into rows; false: cut the stream
+    max_document_length: int = 2_048  # tokens that a document is cut to
+    document_rests: bool = False  # train on what is cut off too, as documents of their own
+    # Model
+    vocab_size: int = 50_257  # tokens
+    num_layers: int = 12  # blocks
+    num_heads: int = 6  # attention heads
+    attention_dim: int = 0  # width of queries, keys and values, of all heads; 0: model_dim
+    model_dim: int = 768  # width of the residual stream
+    mlp_ratio: int = 4  # MLP width / model_dim
+    activation: str = "relu2"  # relu2 or gelu
+    qk_norm: bool = True  # RMS-normalise queries and keys
+    attention_scale: float = 0.12  # softmax scale; 0: 1/sqrt(width of a head)
+    attention_output_scale: float = 1.0  # factor on what attention adds to the residual
+    attention_gate: bool = False  # each token scales each head's output, by 0 to 2
+    rotary_base: float = 1_024.0  # longest wavelength / 2 pi, tokens
+    rotary_fraction: float = 0.5  # share of the head's dimensions that rotate
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    norm_embed: bool = True  # RMS-normalise the token embedding
+    tied_head: bool = False  # the head shares the token embedding's weight
+    logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap); 0: off
+    unigram_power: float = 0.0  # logits start from log(frequency of the token), times this
+    key_offset: bool = False  # long windows: a key's unrotated part is that of the token before
+    bigram_rows: int = 0  # rows of a table of hashed token pairs, beside the embedding; 0: off
+    value_embeddings: int = 3  # tables added to the values of the first and the last layers
+    skip_connections: bool = True  # U-net: outputs of the first half added in the second half
+    embed_shortcut: bool = True  # each block mixes the token embedding (and the pair's) back in
+    output_mixing: bool = False  # each token adds its own shares of earlier outputs to the last one
+    zero_init_projections: bool = True  # attention and MLP outputs and an untied head start at 0
+    window_start: int = 256  # tokens that long-window layers look back at the start; 0: no limit
+    window_end: int = 1_792  # the same at the end; short-window layers look back half as far
+    # Optimizers
+    optimizer: str = "muon"  # of the hidden matrices: muon or adam; the rest is always adam
+    matrix_lr: float = 0.05  # of the hidden matrices
+    embed_lr: float = 0.3  # of the token and value embeddings
+    bigram_lr: float = 0.6  # of the bigram table
+    head_lr: float = 0.008  # of an untied head and of the output mixing
+    scalar_lr: float = 0.04  # of the learned scalars and gates
+    muon_momentum: float = 0.95  # reached from 0.85 over the first fifth of the run
+    muon_beta2: float = 0.0  # decay of NorMuon's mean squares of each row; 0: plain Muon
+    muon_nesterov: bool = True  # look one step ahead along the momentum
+    muon_iteration: str = "polar-express"  # polar-express or newton-schulz
+    adam_beta1: float = 0.8  # decay of the first moment
+    adam_beta2: float = 0.95  # decay of the second moment
+    adam_eps: float = 1e-10  # added to the root of the second moment
+    row_moments: bool = False  # embedding tables: one second moment per row, first ones in bfloat16
+    weight_decay: float = 0.0  # decoupled, of all parameters; times the learning rate
+    # Schedule
+    train_steps: int = 1_500  # optimizer steps
+    warmup_frac: float = 0.0  # share of the steps in which the learning rates rise from 0
+    cooldown_frac: float = 0.45  # share of the steps in which they fall
+    final_lr_frac: float = 0.05  # share of the learning rates left at the end
+    # Numbers and speed
+    dtype: str = "bfloat16"  # of matrix products and attention; weights are float32
+    residual_dtype: str = "bfloat16"  # of the residual stream
+    loss_chunk_size: int = 8_192  # tokens whose logits exist at once, and that share a sample
+    sampled_vocab: int = 0  # tokens that a chunk compares with: its targets, and a sample; 0: all
+    tokens_ahead: int = 1  # early in the run, training predicts so many next tokens at once
+    attention: str = "auto"  # flash, varlen or sdpa; auto: the first of them that works here
+    fp8_head: bool = False  # 8-bit floats in the head's matrix products
+    fp8_blocks: bool = False  # and in the blocks', but for attention's output and weight gradients
+    fp8_gradients: bool = False  # with fp8_blocks and relu2: and in the MLPs' weight gradients
+    triton_kernels: bool = False  # a Triton kernel for the loss of capped logits
+    compile: bool = True  # torch.compile
+    kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts
+    # Reports
+    val_loss_every: int = 125  # steps between validations; 0: only at the end
+    log_every: int = 10  # steps between lines on a console that is no terminal
+    log_dir: str = "logs"  # folder of the logs
+    log_wandb: bool = False  # report to Weights & Biases too
+    wandb_project: str = "gpt2-speedrun"  # its project
+    wandb_name: str = ""  # its run name; empty: run_id
+
+    @property
+    def attention_width(self) -> int:
+        return self.attention_dim or self.model_dim
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_width // self.num_heads
+
+    @property
+    def stage_batch_sizes(self) -> list[int]:
+        """Tokens per step in each stage; without `batch_stages` there is one, of `batch_size`."""
+        return [int(size) for size in self.batch_stages.split(",") if size] or [self.batch_size]
+
+    def batch_size_at(self, step: int) -> int:
+        """Tokens of the step that begins at `step`, from 0 on."""
+        stages = self.stage_batch_sizes
+        return stages[min(step * len(stages) // self.train_steps, len(stages) - 1)]
+
+    @property
+    def common_rows(self) -> int:
+        """Rows that all ranks' micro-batches together have to divide, for every stage to fit."""
+        return math.gcd(*self.stage_batch_sizes) // self.row_length
+
+    def describe_batch(self) -> str:
+        """Tokens per step, for a person: "393,216", or "65,536 to 393,216"."""
+        sizes = self.stage_batch_sizes
+        return " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(map(self.batch_size_at, range(self.train_steps)))
+
+    @property
+    def max_val_length(self) -> int:
+        """Tokens in a row of validation, which is also the longest that a sequence can be."""
+        return self.val_row_length or self.row_length
+
+    @property
+    def max_train_length(self) -> int:
+        """Tokens in the longest sequence of a training row."""
+        if not self.document_masking:
+            return self.row_length
+        return min(self.max_document_length, self.row_length)
+
+    @property
+    def samples_vocabulary(self) -> bool:
+        """Whether training compares with a sample of the vocabulary, and not with all of it."""
+        return 0 < self.sampled_vocab < self.vocab_size
+
+    def grad_accum_steps(self, step: int, world_size: int) -> int:
+        return self.batch_size_at(step) // self.device_batch_size // world_size
+
+
+# The one-GPU benchmark's AdamW baseline; it descends from llm.c's train_gpt2.py.
+BASELINE = dict(
+    batch_size=524_288, device_batch_size=65_536, row_length=1_024, document_masking=False,
+    num_heads=12, activation="gelu", qk_norm=False, attention_scale=0.0,
+    attention_output_scale=24**-0.5, rotary_base=10_000.0, rotary_fraction=1.0, norm_embed=False,
+    tied_head=True, logit_softcap=0.0, value_embeddings=0, skip_connections=False,
+    embed_shortcut=False, zero_init_projections=False, window_start=0, window_end=0,
+    optimizer="adam", matrix_lr=0.0018, embed_lr=0.0018, head_lr=0.0018, scalar_lr=0.0018,
+    adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.1, train_steps=4_768,
+    warmup_frac=256 / 4_768, cooldown_frac=1_024 / 4_768, final_lr_frac=0.0,
+    residual_dtype="float32",
+)
+
+# For one Hopper GPU. Why each of these: records/measurements.
+RECORD = dict(
+    batch_size=65_536, batch_stages="65536,65536,131072", device_batch_size=65_536,
+    val_row_length=65_536, document_rests=True, num_layers=10, num_heads=4, attention_dim=512,
+    attention_gate=True, key_offset=True, unigram_power=0.5, bigram_rows=5 * 50_304,
+    output_mixing=True, matrix_lr=0.025, embed_lr=0.24, bigram_lr=0.5, head_lr=0.0033,
+    scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6, adam_beta2=0.99,
+    row_moments=True, train_steps=4_125, cooldown_frac=0.55, loss_chunk_size=16_384,
+    sampled_vocab=14_336, tokens_ahead=3, fp8_head=True, fp8_blocks=True, fp8_gradients=True,
+    triton_kernels=True,
+)
+
+# Small enough for two cores of a CPU and some minutes.
+TINY = dict(
+    batch_size=2_048, device_batch_size=2_048, val_batch_size=8_192, row_length=512,
+    max_document_length=512, num_layers=4, num_heads=2, model_dim=96, train_steps=45,
+    val_loss_every=15, dtype="float32", residual_dtype="float32", loss_chunk_size=64,
+    compile=False, kernel_warmup=False,
+)
+
+SAMPLE = TINY | dict(value_embeddings=1, window_start=128, window_end=512, embed_lr=0.5,
+                     head_lr=0.02)
+
+# A recipe is a set of overrides of the defaults above, which are the recipe `modern`.
+RECIPES: dict[str, dict] = {
+    "modern": {},
+    "record": RECORD,
+    "modern-small": dict(train_steps=2_000),
+    "modern-medium": dict(num_layers=16, num_heads=8, model_dim=1_024, train_steps=6_000),
+    "baseline": BASELINE,
+    "sample": SAMPLE,
+    "sample-baseline": BASELINE | TINY | dict(attention_output_scale=8**-0.5),
+    "sample-record": RECORD | SAMPLE | dict(
+        batch_stages="", val_row_length=0, attention_dim=0, attention_gate=False, unigram_power=1.0,
+        bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=1_024, matrix_lr=0.05,
+        train_steps=12, cooldown_frac=0.45, val_loss_every=6, loss_chunk_size=512, tokens_ahead=1,
+        fp8_head=False, fp8_blocks=False, fp8_gradients=False, triton_kernels=False),
+}
+
+# A track is a claim: the recipe it starts from, and the four fields that define it.
+TRACKS: dict[str, dict] = {
+    "single-gpu": dict(recipe="modern", data_path="data/fineweb10B", target=3.3821,
+                       val_tokens=1_048_576, token_budget=5_000_000_000),
+    "gpt2-small": dict(recipe="modern-small", data_path="data/fineweb10B", target=3.28,
+                       val_tokens=10_485_760, token_budget=10_000_000_000),
+    "gpt2-medium": dict(recipe="modern-medium", data_path="data/fineweb10B", target=2.92,
+                        val_tokens=10_485_760, token_budget=10_000_000_000),
+    "sample": dict(recipe="sample-record", data_path="data/sample", target=7.2,
+                   val_tokens=16_384, token_budget=2_000_000),
+}
+
+CHOICES = {
+    "track": tuple(TRACKS),
+    "recipe": tuple(RECIPES),
+    "activation": ("relu2", "gelu"),
+    "optimizer": ("muon", "adam"),
+    "muon_iteration": ("polar-express", "newton-schulz"),
+    "dtype": ("bfloat16", "float32"),
+    "residual_dtype": ("bfloat16", "float32"),
+    "attention": ("auto", "flash", "varlen", "sdpa"),
+}
+
+
+class Ranks(NamedTuple):
+    """This process among those of the run, and the device it trains on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+class RunError(ValueError):
+    """Something a person has to put right; the message says what, and what to do next."""
+
+
+class CollectiveError(RunError):
+    """A RunError that every rank raises, so that one report is enough."""
+
+
+def parse_bool(text: str) -> bool:
+    """true, yes, 1 or false, no, 0, in any case; anything else is an argparse error."""
+    values = dict(true=True, yes=True, false=False, no=False) | {"1": True, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return values[text.lower()]
+
+
+def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
+    """Hyper-parameters of a command line: defaults < recipe < track < `--name value`.
+
+    Hyphens and underscores are the same. Exits with status 2 and a message on an unknown name, a
+    wrong type, or sizes that do not fit each other.
+    """
+    source = inspect.getsource(Hyperparameters)
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py", usage="%(prog)s [--option value ...], or -h for the list of options",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in dataclasses.fields(Hyperparameters):
+        flags = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+        help_text = f"{notes.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        settings = dict(dest=field.name, help=help_text, choices=CHOICES.get(field.name))
+        if field.type is bool:
+            settings |= dict(type=parse_bool, nargs="?", const=True, metavar="true|false")
+        else:
+            settings |= dict(type=field.type, metavar=None if settings["choices"] else "VALUE")
+        parser.add_argument(*flags, **settings)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [f"--{field.name}" for field in dataclasses.fields(Hyperparameters)]
+        typed = unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+        near = difflib.get_close_matches(typed, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; -h lists the options"
+        parser.error(f"unknown option {' '.join(unknown)}{hint}")
+
+    overrides = vars(given)
+    default_track = "single-gpu" if torch.cuda.is_available() else "sample"
+    track = overrides.get("track", default_track)
+    recipe = overrides.get("recipe") or default_recipe(track)
+    names = dict(track=track, recipe=recipe)
+    if "batch_size" in overrides:  # it is asked for in place of the recipe's stages
+        names["batch_stages"] = overrides.get("batch_stages", "")
+    args = Hyperparameters(**RECIPES[recipe] | TRACKS[track] | overrides | names)
+    if problem := find_problem(args):
+        parser.error(problem)
+    return args
+
+
+def default_recipe(track: str) -> str:
+    """The recipe of the track; on `single-gpu` with one Hopper GPU, what has been made for it."""
+    is_one_gpu = torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
+    if track == "single-gpu" and is_one_gpu and torch.cuda.get_device_capability()[0] == 9:
+        return "record"
+    return TRACKS[track]["recipe"]
+
+
+def find_problem(args: Hyperparameters) -> str | None:
+    """What is wrong with the sizes in `args`, for a person, or None. Knows nothing of ranks."""
+    positive = ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
+                "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
+                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead")
+    for name in positive:
+        if getattr(args, name) < 1:
+            return f"--{name} must be at least 1, got {getattr(args, name)}"
+    for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start",
+                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab"):
+        if getattr(args, name) < 0:
+            return f"--{name} must not be negative, got {getattr(args, name)}"
+    if args.logit_softcap > 70:  # exp(cap) * vocab_size has to be a float32
+        return f"--logit_softcap must be at most 70, got {args.logit_softcap}"
+    for name in ("model_dim", "attention_dim", "row_length", "loss_chunk_size"):
+        if (args.fp8_head or args.fp8_blocks) and getattr(args, name) % 16:
+            return (f"--{name} must be a multiple of 16 with --fp8_head or --fp8_blocks, got "
+                    f"{getattr(args, name)}")
+    val_row = "val_row_length" if args.val_row_length else "row_length"
+    for name, row in (("device_batch_size", "row_length"), ("val_batch_size", val_row),
+                      ("val_tokens", val_row)):
+        if getattr(args, name) % getattr(args, row):
+            return (f"--{name} {getattr(args, name)} must be a multiple of --{row} "
+                    f"{getattr(args, row)}")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", args.batch_stages):
+        return f"--batch_stages must be numbers, as 65536,131072; got {args.batch_stages!r}"
+    for size in args.stage_batch_sizes:
+        if size < 1 or size % args.row_length:
+            name = "batch_stages" if args.batch_stages else "batch_size"
+            return f"--{name} must be a multiple of --row_length {args.row_length}, got {size}"
+    chunk = min(args.loss_chunk_size, args.device_batch_size)
+    if args.samples_vocabulary and args.device_batch_size % chunk:
+        return (f"--device_batch_size {args.device_batch_size} must be a multiple of "
+                f"--loss_chunk_size {args.loss_chunk_size} with --sampled_vocab")
+    if args.attention_width % args.num_heads or args.head_dim % 4:
+        name = "attention_dim" if args.attention_dim else "model_dim"
+        return (f"--{name} {args.attention_width} must be --num_heads {args.num_heads} times a "
+                f"multiple of 4")
+    if 2 * args.value_embeddings > args.num_layers:
+        return (f"--value_embeddings {args.value_embeddings} tables serve two layers each, "
+                f"but --num_layers is {args.num_layers}")
+    for name, value in dataclasses.asdict(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"--{name} must be a number, got {value}"
+    if not 0 <= args.seed < 2**63:
+        return f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
+    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction"):
+        if not 0 <= getattr(args, name) <= 1:
+            return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
+    if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
+        return (f"--window_start {args.window_start} and --window_end {args.window_end} must both "
+                f"be 0 (no windows), or rise")
+    if args.train_tokens > args.token_budget:
+        return (f"{args.train_steps:,} steps x {args.describe_batch()} tokens are "
+                f"{args.train_tokens:,} training tokens, over the budget of {args.token_budget:,}; "
+                f"lower --train_steps to "
+                f"{args.train_steps * args.token_budget // args.train_tokens:,}")
+    return None
+
+
+def reasons_not_a_record(args: Hyperparameters, world_size: int) -> list[str]:
+    """Where a run departs from the claim of its track; empty: it may be a record."""
+    claim = {name: value for name, value in TRACKS[args.track].items() if name != "recipe"}
+    reasons = [
+        f"{name} is {getattr(args, name)} instead of {value}"
+        for name, value in claim.items()
+        if getattr(args, name) != value
+    ]
+    if args.track == "single-gpu" and world_size > 1:
+        reasons.append(f"it runs on {world_size} GPUs instead of 1")
+    return reasons
+
+
+# -----------------------------------------------------------------------------
+# Data: llm.c shards, cut into rows of documents
+
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1
+SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, zeros; then uint16s
+DOCUMENT_START = 50_256  # GPT-2's <|endoftext|> stands before each document
+
+
+def check_shard(path: Path) -> int:
+    """Number of tokens in the shard; RunError, for a person, if it is not a whole shard."""
+    try:
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
+    if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC:
+        raise RunError(f"{path} is not a token shard: its first number should be {SHARD_MAGIC}")
+    if header[1] != SHARD_VERSION:
+        raise RunError(f"{path} has shard version {header[1]}, expected {SHARD_VERSION}")
+    expected, size = 4 * SHARD_HEADER_INTS + 2 * int(header[2]), Path(path).stat().st_size
+    if size != expected:
+        raise RunError(f"{path} has {size:,} bytes, but its header promises {expected:,}: "
+                       f"it is truncated or damaged; fetch it again")
+    if header[2] < 2:
+        raise RunError(f"{path} is empty")
+    return int(header[2])
+
+
+def log_frequencies(path: Path, vocab_size: int) -> Tensor:
+    """Log of each token's share, (vocab_size,), float32, of the first million tokens of a shard.
+
+    One is added to each count, so that a token that is not there is rare rather than impossible.
+    """
+    tokens = np.fromfile(path, dtype="<u2", count=1_000_000, offset=4 * SHARD_HEADER_INTS)
+    counts = 1 + np.bincount(tokens, minlength=vocab_size)
+    return torch.from_numpy(np.log(counts / counts.sum())).float()
+
+
+class MicroBatch(NamedTuple):
+    """Rows of packed sequences. `max_length`, in tokens, bounds the length of a sequence."""
+
+    inputs_BT: Tensor  # int32
+    targets_BT: Tensor  # int32, the token after each input
+    cu_seqlens: Tensor  # int32, where sequences start in the flattened rows, then the end
+    max_length: int
+    whole_rows: bool  # each row is one sequence
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        inputs, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in self[:3])
+        # One compiled graph serves every number of sequences, and none is made for other shapes.
+        torch._dynamo.mark_static(inputs)
+        torch._dynamo.mark_static(targets)
+        torch._dynamo.mark_dynamic(cu_seqlens, 0)
+        return MicroBatch(inputs, targets, cu_seqlens, self.max_length, self.whole_rows)
+
+
+class TokenRows:
+    """A shard's tokens cut into rows of equal length, each row a list of sequences.
+
+    Without document masking a row is one sequence, cut from the stream. With it, training rows are
+    packed with documents from their first token on: a document is cut at `max_document_length`
+    and at the end of its row, and its rest is dropped. Validation drops nothing: the stream is
+    cut at each row's end and before each document, so that every token is predicted once. Neither
+    does training with `document_rests`: it cuts the stream in the same places, and documents at
+    multiples of `max_document_length`.
+    RunError if the shard is damaged or does not fit the vocabulary or the masking.
+    """
+
+    def __init__(self, path: Path, args: Hyperparameters, training: bool):
+        check_shard(path)
+        self.tokens = np.fromfile(path, dtype="<u2", offset=4 * SHARD_HEADER_INTS)
+        if (largest := int(self.tokens.max())) >= args.vocab_size:
+            raise RunError(f"{path} holds token {largest}, outside the vocabulary of "
+                           f"{args.vocab_size:,}")
+        self.row_length = self.max_length = args.row_length if training else args.max_val_length
+        self.whole_rows = not args.document_masking
+        row_starts = np.arange(0, len(self.tokens) - self.row_length, self.row_length)
+        if not args.document_masking:
+            self.starts, self.lengths = row_starts, np.full_like(row_starts, self.row_length)
+            self.first_sequence = np.arange(len(row_starts) + 1)
+            return
+        documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
+        if not len(documents):
+            raise RunError(f"{path} holds no document start (token {DOCUMENT_START}); with such "
+                           f"data use --document_masking false")
+        if training:
+            self.max_length = args.max_train_length
+            if not args.document_rests:
+                self._pack(documents)
+                return
+            documents = np.union1d(0, documents)  # a shard may begin within one
+            counts = -(-np.diff(documents, append=len(self.tokens)) // self.max_length)
+            pieces = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            documents = np.repeat(documents, counts) + pieces * self.max_length
+        end = len(row_starts) * self.row_length
+        self.starts = np.union1d(row_starts, documents[documents < end])
+        self.lengths = np.diff(self.starts, append=end)
+        self.first_sequence = np.searchsorted(self.starts, np.append(row_starts, end))
+
+    def _pack(self, documents: np.ndarray) -> None:
+        # The last token of a shard is only ever a target.
+        lengths = np.minimum(np.diff(documents, append=len(self.tokens) - 1), self.max_length)
+        ends = np.cumsum(lengths)
+        first, firsts = 0, [0]
+        while first < len(documents):
+            row_end = ends[first] - lengths[first] + self.row_length
+            last = int(np.searchsorted(ends, row_end))
+            if last == len(documents):
+                break
+            lengths[last] -= ends[last] - row_end
+            first = last + 1
+            firsts.append(first)
+        self.starts, self.lengths = documents[:first], lengths[:first]
+        self.first_sequence = np.array(firsts)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.first_sequence) - 1
+
+    def micro_batch(self, first_row: int, num_rows: int, pin: bool = False) -> MicroBatch:
+        """Rows first_row to first_row + num_rows - 1, in pinned memory if `pin`."""
+        sequences = slice(*self.first_sequence[[first_row, first_row + num_rows]])
+        starts, lengths = self.starts[sequences], self.lengths[sequences]
+        ends = np.cumsum(lengths)
+        index = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+        arrays = self.tokens[index], self.tokens[index + 1], np.append(0, ends)
+        tensors = [torch.from_numpy(array.astype(np.int32)) for array in arrays]
+        inputs, targets, cu_seqlens = (t.pin_memory() if pin else t for t in tensors)
+        shape = (num_rows, self.row_length)
+        return MicroBatch(inputs.view(shape), targets.view(shape), cu_seqlens, self.max_length,
+                          self.whole_rows)
+
+
+class ShardInfo(NamedTuple):
+    path: Path
+    num_bytes: int
+    sha256: str
+    num_rows: int
+
+
+def inspect_shard(path: Path, args: Hyperparameters, training: bool) -> ShardInfo:
+    """Read a shard through: its rows, and its size and hash for the log. RunError if bad."""
+    rows = TokenRows(path, args, training)
+    with open(path, "rb") as file:
+        sha256 = hashlib.sha256(file.read(4 * SHARD_HEADER_INTS))
+    sha256.update(rows.tokens)
+    return ShardInfo(path, path.stat().st_size, sha256.hexdigest(), rows.num_rows)
+
+
+def data_folder(args: Hyperparameters) -> Path:
+    """Where the shards are: `data_path` as given, else beside this file."""
+    path = Path(args.data_path)
+    return path if path.is_dir() else Path(__file__).resolve().parent / args.data_path
+
+
+def find_shards(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Training and validation shards in a folder, in the order of their names."""
+    return sorted(folder.glob("*_train_*.bin")), sorted(folder.glob("*_val_*.bin"))
+
+
+def estimate_shards(args: Hyperparameters) -> int:
+    """Training shards of 100M tokens that the run needs; an estimate where documents are packed."""
+    rows = (100_000_000 - 1) // args.row_length
+    if args.document_masking:  # cutting documents drops some 6%; the rest is for safety
+        rows = int(rows * (0.98 if args.document_rests else 0.9))
+    shards = step = 0
+    while step < args.train_steps:
+        step += max(1, len(rows_of_steps(rows, step, args)))
+        shards += 1
+    return shards
+
+
+def rows_of_steps(num_rows: int, step: int, args: Hyperparameters) -> list[range]:
+    """The rows of each step, from `step` on, that fit a shard of so many rows.
+
+    A step never crosses a shard.
+    """
+    steps, first = [], 0
+    while first + (rows := args.batch_size_at(step) // args.row_length) <= num_rows:
+        steps.append(range(first, first + rows))
+        first, step = first + rows, step + 1
+    return steps
+
+
+def count_steps(shards: list["ShardInfo"], args: Hyperparameters) -> int:
+    """Steps that the shards hold."""
+    steps = 0
+    for shard in shards:
+        steps += len(rows_of_steps(shard.num_rows, steps, args))
+    return steps
+
+
+def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> list[ShardInfo]:
+    """Inspect shards in order, several at a time, until they hold the whole run (or all are seen).
+
+    RunError if one of them is bad.
+    """
+    shards = []
+
+    def are_enough() -> bool:
+        if training:
+            return count_steps(shards, args) >= args.train_steps
+        return sum(shard.num_rows for shard in shards) >= args.val_tokens // args.max_val_length
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for info in pool.map(lambda path: inspect_shard(path, args, training), paths):
+            shards.append(info)
+            if are_enough():
+                break
+        pool.shutdown(cancel_futures=True)
+    return shards
+
+
+def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
+    """Check the data and count it against the run: the training and validation shards needed.
+
+    RunError if a shard is missing or bad, if there are too few of them, or if a training shard is
+    a validation shard under another name.
+    """
+    folder = data_folder(args)
+    train_paths, val_paths = find_shards(folder)
+    fetch = "python data/cached_fineweb10B.py"
+    for kind, paths in (("train", train_paths), ("val", val_paths)):
+        if not paths:
+            raise RunError(f"no {kind} shards (*_{kind}_*.bin) in {folder}\n"
+                           f"download FineWeb: {fetch} {estimate_shards(args)}\n"
+                           f"or name a folder that has shards: --data_path FOLDER")
+    val = inspect_enough(val_paths, args, training=False)
+    train = inspect_enough(train_paths, args, training=True)
+
+    val_tokens = sum(shard.num_rows for shard in val) * args.max_val_length
+    if val_tokens < args.val_tokens:
+        raise RunError(f"validation needs {args.val_tokens:,} tokens and one more, but {folder} "
+                       f"holds {val_tokens:,} in whole rows; fetch the whole val shard, or lower "
+                       f"--val_tokens (not a record)")
+    steps = count_steps(train, args)
+    if steps < args.train_steps:
+        if steps == 0:
+            raise RunError(f"a step of {args.stage_batch_sizes[0]:,} tokens fits in none of the "
+                           f"{len(train)} training shards in {folder}; lower --batch_size")
+        needed = math.ceil(args.train_steps * len(train) / steps)
+        raise RunError(f"{args.train_steps:,} steps of {args.describe_batch()} tokens need "
+                       f"{needed} training shards, but the {len(train)} in {folder} hold "
+                       f"{steps:,} steps (a step never crosses a shard); download more: {fetch} "
+                       f"{needed}, or lower --train_steps")
+    if both := {shard.sha256 for shard in train} & {shard.sha256 for shard in val}:
+        same = [str(shard.path) for shard in train if shard.sha256 in both]
+        raise RunError(f"{', '.join(same)} holds the validation tokens; training must not see them")
+    return train, val
+
+
+def train_batches(
+    paths: list[Path], args: Hyperparameters, ranks: Ranks
+) -> Iterator[list[MicroBatch]]:
+    """This rank's micro-batches of each step, in order, while the shards last.
+
+    A step is consecutive rows of one shard; the ranks share them out, and the micro-batches share
+    out a rank's. The next shard is read while this one is in use.
+    """
+    pin, step = ranks.device.type == "cuda", 0
+    rows_per_micro_batch = args.device_batch_size // args.row_length
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(TokenRows, paths[0], args, True)
+        for next_path in [*paths[1:], None]:
+            shard = upcoming.result()
+            if next_path:
+                upcoming = reader.submit(TokenRows, next_path, args, True)
+            for rows in rows_of_steps(shard.num_rows, step, args):
+                share = len(rows) // ranks.world_size
+                mine = rows[ranks.rank * share : (ranks.rank + 1) * share : rows_per_micro_batch]
+                yield [shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine]
+                step += 1
+
+
+def prefetch(items: Iterable, depth: int = 2) -> Iterator:
+    """The same items, made `depth` ahead in a thread; an error there is raised here."""
+    queue, end = Queue(maxsize=depth), object()
+
+    def work():
+        try:
+            for item in items:
+                queue.put((item, None))
+            queue.put((end, None))
+        except BaseException as error:  # raised by the consumer
+            queue.put((end, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        item, error = queue.get()
+        if error is not None:
+            raise error
+        if item is end:
+            return
+        yield item
+
+
+def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -> MicroBatch:
+    """A micro-batch of random tokens in the shapes of real ones, for warming up."""
+    generator = torch.Generator().manual_seed(args.seed)
+    row_length = args.row_length if training else args.max_val_length
+    shape = (num_tokens // row_length, row_length)
+    inputs, targets = torch.randint(args.vocab_size, (2, *shape), generator=generator).int()
+    max_length = args.max_train_length if training else args.max_val_length
+    cu_seqlens = torch.arange(0, num_tokens + 1, max_length, dtype=torch.int32)
+    if cu_seqlens[-1] < num_tokens:
+        cu_seqlens = torch.cat([cu_seqlens, torch.tensor([num_tokens], dtype=torch.int32)])
+    return MicroBatch(inputs, targets, cu_seqlens, max_length, not args.document_masking)
+
+
+# -----------------------------------------------------------------------------
+# Model. Shapes: B rows, T tokens in a row, D model_dim, H heads, K head_dim, V vocabulary
+
+SDPA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+                 SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fastest first
+
+
+def sdpa_attention(q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, scale: float) -> Tensor:
+    """Attention through PyTorch's own kernels; runs anywhere. The plain twin of the others.
+
+    A query sees itself and at most `window` tokens before it (0: no limit), within its own
+    sequence. Returns (B, T, H, K) in the dtype of `q_BTHK`.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    mask = None
+    if window or not batch.whole_rows:
+        B, T = q_BTHK.shape[:2]
+        position = torch.arange(T, device=q.device)
+        distance_TT = position[:, None] - position
+        token = torch.arange(B * T, device=q.device, dtype=torch.int32)
+        sequence_BT = torch.searchsorted(batch.cu_seqlens, token, right=True).view(B, T)
+        mask = (distance_TT >= 0) & (sequence_BT[:, :, None] == sequence_BT[:, None, :])
+        mask = (mask & (distance_TT <= window) if window else mask)[:, None]
+    with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    return y.transpose(1, 2)
+
+
+def varlen_attention(q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, scale: float):
+    """`sdpa_attention` through torch.nn.attention.varlen: Ampere or newer GPUs, bf16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
+    y = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.max_length,
+                    batch.max_length, scale=scale, window_size=(window or -1, 0))
+    return y.view_as(q_BTHK)
+
+
+def load_flash_attention() -> Callable | None:
+    """`sdpa_attention` through an installed FlashAttention 3 or 2, or None."""
+    flash = None
+    for module in ("flash_attn", "flash_attn_interface"):  # the latter, version 3, wins
+        try:
+            flash = importlib.import_module(module).flash_attn_varlen_func
+        except (ImportError, OSError, AttributeError):
+            continue
+    if flash is None:
+        return None
+
+    def flash_attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale):
+        q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
+        y = flash(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.max_length, batch.max_length,
+                  softmax_scale=scale, causal=True, window_size=(window or -1, 0))
+        return y.view_as(q_BTHK)
+
+    return flash_attention
+
+
+def choose_attention(args: Hyperparameters, device: torch.device) -> tuple[str, Callable]:
+    """Name and function of the attention that `args.attention` asks for on this device.
+
+    RunError if it cannot run here.
+    """
+    modern_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    usable = {"sdpa": sdpa_attention}
+    if modern_gpu and args.dtype == "bfloat16":
+        usable["varlen"] = varlen_attention
+        if args.attention in ("auto", "flash") and (flash := load_flash_attention()):
+            usable["flash"] = flash
+    name = args.attention
+    if name == "auto":
+        rows_are_sequences = not args.document_masking and not args.window_end
+        order = ("sdpa",) if rows_are_sequences else ("flash", "varlen", "sdpa")
+        name = next(name for name in order if name in usable)
+    if name not in usable:
+        raise RunError(f"--attention {name} does not run here (it wants an Ampere or newer GPU, "
+                       f"bfloat16{', FlashAttention installed' if name == 'flash' else ''}); "
+                       f"use one of: auto, {', '.join(usable)}")
+    return name, usable[name]
+
+
+def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparameters, list[str]]:
+    """`args` without what this device cannot run, and what that is, for a person."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    has_triton = capability >= (7, 5) and importlib.util.find_spec("triton") is not None
+    missing = {}
+    if capability < (8, 9) or not has_triton:
+        reason = ("8-bit floats need Triton and an Ada, Hopper or newer GPU; 16 bits instead, and "
+                  "slower")
+        missing |= {"fp8_head": reason, "fp8_blocks": reason}
+    if capability[0] != 9 or not has_triton:
+        missing["fp8_gradients"] = ("its kernel has been tried on Hopper GPUs only; weight "
+                                    "gradients in 16 bits instead, and slower")
+    if not has_triton:
+        missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
+                                     "instead, and slower")
+    missing = {name: reason for name, reason in missing.items() if getattr(args, name)}
+    notes = [f"--{name} is off here: {reason}" for name, reason in missing.items()]
+    return dataclasses.replace(args, **dict.fromkeys(missing, False)), notes
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, without gain (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
+
+
+class Float8(NamedTuple):
+    """A matrix in 8-bit floats: values (rows without gaps) times scale (a float32 scalar)."""
+
+    values: Tensor
+    scale: Tensor
+    transposed: Tensor | None = None  # the transpose of the values, if it is there already
+
+    @property
+    def T(self) -> "Float8":
+        if self.transposed is not None:
+            return Float8(self.transposed, self.scale, self.values)
+        if self.values.is_cuda:
+            from triton_kernels import transposed
+
+            return Float8(transposed(self.values), self.scale)
+        return Float8(self.values.T.contiguous(), self.scale)
+
+
+def float8(x: Tensor, bound=16.0) -> Float8:
+    """x rounded to 8-bit floats with 3 bits of mantissa; what is beyond the `bound` is cut off.
+
+    Numbers from there down to a 29,000th of it have all 3 bits. The default is for weights, which
+    recipe `record` brings to 1.4 at most in 199M tokens; to look for the largest would take as long
+    as the rounding.
+    """
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    scale = float8_scale(torch.as_tensor(bound, device=x.device))
+    values = (x.float() * (1 / scale)).clamp(-limit, limit).to(torch.float8_e4m3fn)
+    return Float8(values, scale)
+
+
+def float8_scale(bound: Tensor) -> Tensor:
+    """The scale with which 8-bit floats reach just to the bound."""
+    return bound.float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+
+
+def float8_gradient(grad: Tensor, scale: float) -> Float8:
+    """grad * scale rounded to 8-bit floats with 2 bits of mantissa, but 31 powers of two of range.
+
+    With that range a constant serves as the scale.
+    """
+    limit = torch.finfo(torch.float8_e5m2).max
+    values = (grad.float() * scale).clamp(-limit, limit).to(torch.float8_e5m2)
+    return Float8(values, grad.new_full((), 1 / scale, dtype=torch.float32))
+
+
+def product(a_MK, b_NK, dtype: torch.dtype, is_gradient: bool = False) -> Tensor:
+    """a @ b.T, (M, N): two tensors of `dtype`, or two of Float8, with a result of `dtype`.
+
+    For 8-bit gradients the matrix units have to add up more exactly, and slower: without, the loss
+    was 0.04 higher.
+    """
+    if not isinstance(a_MK, Float8):
+        return a_MK @ b_NK.T
+    if not a_MK.values.is_cuda:  # the plain twin
+        scale = a_MK.scale * b_NK.scale
+        return (a_MK.values.float() @ b_NK.values.float().T * scale).to(dtype)
+    return torch._scaled_mm(a_MK.values, b_NK.values.T, a_MK.scale, b_NK.scale, out_dtype=dtype,
+                            use_fast_accum=not is_gradient)
+
+
+class Float8Linear(torch.autograd.Function):
+    """x (N, in) times weight (out, in) in 8-bit floats, forward and for the gradient of x.
+
+    `bound` is the largest that |x| can be. The gradient of the weight is a product in the dtype of
+    x: in 8-bit floats it would need two transposed copies, which cost what it saves.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_ED, bound):
+        weight = float8(weight_ED)
+        ctx.save_for_backward(x_ND, *weight)
+        return product(float8(x_ND, bound), weight, x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_NE):
+        x_ND, *weight = ctx.saved_tensors
+        # Of a sum over tokens; 2^10 leaves room for tokens that contribute 100,000 times less than
+        # most, and for some that contribute 10,000 times more.
+        grad_x = product(float8_gradient(grad_NE, 2.0**10), Float8(*weight).T, x_ND.dtype, True)
+        return grad_x, grad_NE.T @ x_ND, None
+
+
+def linear(x: Tensor, weight: Tensor, bound=None) -> Tensor:
+    """x (..., in) times a float32 weight (out, in), in the dtype of x.
+
+    In 8-bit floats if a `bound` of |x| is given, a number or a scalar on the device of x.
+    """
+    if bound is None:
+        return F.linear(x, weight.to(x.dtype))
+    y = Float8Linear.apply(x.flatten(0, -2), weight.to(x.dtype), bound)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def relu2_linear_float8(x_ND: Float8, weight_ED: Float8, bound: Tensor) -> Float8:
+    """ReLU(x @ weight.T)^2 (So et al. 2021), none of it above the `bound`."""
+    if not x_ND.values.is_cuda:  # the plain twin
+        return float8(F.relu(product(x_ND, weight_ED, torch.float32)).square(), bound)
+    from triton_kernels import relu2_linear
+
+    scale = float8_scale(bound)
+    factor = (x_ND.scale * weight_ED.scale).square() / scale
+    y, y_T = relu2_linear(x_ND.values, weight_ED.values, None, factor, torch.float8_e4m3fn)
+    return Float8(y, scale, y_T)
+
+
+def relu2_linear_gradient(grad_ND: Float8, weight_ED: Float8, y_NE: Float8) -> Float8:
+    """The gradient of h where that of y = ReLU(h)^2 is grad @ weight.T; its scale is that of grad.
+
+    The derivative 2 ReLU(h) is 2 sqrt(y), so that h need not be kept. Here the matrix units may add
+    up less exactly: the sums are short.
+    """
+    factor = 2 * weight_ED.scale * y_NE.scale.sqrt()
+    if not grad_ND.values.is_cuda:  # the plain twin
+        h = grad_ND.values.float() @ weight_ED.values.float().T * y_NE.values.float().sqrt()
+        limit = torch.finfo(torch.float8_e5m2).max
+        values = (h * factor).clamp(-limit, limit).to(torch.float8_e5m2)
+        return Float8(values, grad_ND.scale)
+    from triton_kernels import relu2_linear
+
+    h, h_T = relu2_linear(grad_ND.values, weight_ED.values, y_NE.values, factor,
+                          torch.float8_e5m2)
+    return Float8(h, grad_ND.scale, h_T)
+
+
+class Float8MLP(torch.autograd.Function):
+    """ReLU(x @ up.T)^2 @ projection.T for x (N, D), in 8-bit floats, and so all the gradients.
+
+    Those of the weights are sums over N, for which all factors have to lie transposed: the widest
+    come from a kernel that writes both layouts at once. The weights are float32. The bounds are of
+    |x| and of ReLU^2.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND, up_ED, projection_DE, bound, bound_y):
+        x, up, projection = float8(x_ND, bound), float8(up_ED), float8(projection_DE)
+        y = relu2_linear_float8(x, up, bound_y)
+        ctx.save_for_backward(*y, *x[:2], *up[:2], *projection[:2])
+        return product(y, projection, x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        saved = ctx.saved_tensors
+        y, (x, up, projection) = Float8(*saved[:3]), (Float8(*saved[i : i + 2]) for i in (3, 5, 7))
+        grad = float8_gradient(grad_ND, 2.0**10)  # as in Float8Linear
+        grad_projection = product(grad.T, y.T, torch.float32, True)
+        grad_h = relu2_linear_gradient(grad, projection.T, y)
+        grad_up = product(grad_h.T, x.T, torch.float32, True)
+        return product(grad_h, up.T, grad_ND.dtype, True), grad_up, grad_projection, None, None
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021), of a share of the dimensions.
+
+    Leaving the slower half of the frequencies at zero ("half-truncated") is from the modded-nanogpt
+    speedrun (@YouJiacheng).
+    """
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        pairs = args.head_dim // 2
+        active = round(pairs * args.rotary_fraction)  # the first so many pairs rotate
+        exponent = torch.arange(active, dtype=torch.float64) / max(1, active)
+        frequency = F.pad(args.rotary_base**-exponent, (0, pairs - active))
+        positions = torch.arange(max(args.row_length, args.max_val_length), dtype=torch.float64)
+        angle_TK = torch.outer(positions, torch.cat([frequency, -frequency]))
+        self.register_buffer("cos", angle_TK.cos().float()[:, None], persistent=False)
+        self.register_buffer("sin", angle_TK.sin().float()[:, None], persistent=False)
+        self.register_buffer("still", (frequency == 0).repeat(2), persistent=False)  # (K,)
+
+    def forward(self, x_BTHK: Tensor) -> Tensor:
+        x, T = x_BTHK.float(), x_BTHK.size(1)
+        # A roll swaps the halves. To compute halves and join them takes half as long again.
+        rotated = x * self.cos[:T] + x.roll(x.size(-1) // 2, dims=-1) * self.sin[:T]
+        return rotated.type_as(x_BTHK)
+
+
+def shift(x_BTX: Tensor, is_first_BT: Tensor) -> Tensor:
+    """What stands one token earlier in the sequence; at a sequence's first token, itself."""
+    is_first = is_first_BT.view(*is_first_BT.shape, *[1] * (x_BTX.ndim - 2))
+    return torch.where(is_first, x_BTX, x_BTX.roll(1, dims=1))  # a row begins with a first token
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(
+        self, args: Hyperparameters, attention: Callable, has_value_embedding: bool, is_long: bool
+    ):
+        super().__init__()
+        self.key_offset, self.fp8 = args.key_offset and is_long, args.fp8_blocks
+        self.num_heads, self.qk_norm, self.eps = args.num_heads, args.qk_norm, args.norm_eps
+        self.scale = args.attention_scale or args.head_dim**-0.5
+        self.attention = attention
+        self.qkv = nn.Parameter(torch.empty(3, args.attention_width, args.model_dim))
+        self.projection = nn.Parameter(torch.empty(args.model_dim, args.attention_width))
+        if has_value_embedding:
+            self.value_lambdas = nn.Parameter(torch.empty(2))
+        self.gate = None
+        if args.attention_gate:  # a few dimensions suffice to decide
+            self.gate = nn.Parameter(torch.empty(args.num_heads, min(12, args.model_dim)))
+
+    def forward(self, x_BTD, rotary, batch, window, value_embedding_BTD, is_first_BT) -> Tensor:
+        B, T, D = x_BTD.shape
+        qkv = linear(x_BTD, self.qkv.flatten(0, 1), D**0.5 if self.fp8 else None)
+        q, k, v = qkv.view(B, T, 3, self.num_heads, -1).unbind(2)
+        if self.qk_norm:  # Dehghani et al. 2023
+            q, k = norm(q, self.eps), norm(k, self.eps)
+        q, k = rotary(q), rotary(k)
+        if self.key_offset:
+            # So that one layer finds what followed an earlier copy of this token (@classiclarryd).
+            k = torch.where(rotary.still, shift(k, is_first_BT), k)
+        if value_embedding_BTD is not None:  # Zhou et al. 2024, and @KoszarskyB's speedrun record
+            lambdas = self.value_lambdas
+            v = lambdas[0] * v + lambdas[1] * value_embedding_BTD.view_as(v)
+        y = self.attention(q, k, v, batch, window, self.scale)
+        if self.gate is not None:  # lets a head keep silent (@classiclarryd)
+            some = x_BTD[..., : self.gate.size(1)].float()
+            gate_BTH = 2 * torch.sigmoid(F.linear(some, self.gate))
+            y = y * gate_BTH[..., None].type_as(y)
+        return linear(y.flatten(-2), self.projection)
+
+
+class MLP(nn.Module):
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        hidden = args.mlp_ratio * args.model_dim
+        self.activation, self.fp8 = args.activation, args.fp8_blocks
+        self.fp8_gradients = args.fp8_blocks and args.fp8_gradients and args.activation == "relu2"
+        self.up = nn.Parameter(torch.empty(hidden, args.model_dim))
+        self.projection = nn.Parameter(torch.empty(args.model_dim, hidden))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        bound = bound_y = None
+        if self.fp8:
+            # No number of a normalised vector is larger than the root of its length, and none of
+            # its product with rows of weights larger than that root times the longest row.
+            bound = x_BTD.size(-1) ** 0.5
+            bound_y = bound * self.up.detach().norm(dim=-1).amax()
+            bound_y = bound_y if self.activation == "gelu" else bound_y**2
+        if self.fp8_gradients:
+            x_ND = x_BTD.flatten(0, -2)
+            return Float8MLP.apply(x_ND, self.up, self.projection, bound, bound_y).view_as(x_BTD)
+        h = linear(x_BTD, self.up, bound)
+        h = F.gelu(h) if self.activation == "gelu" else F.relu(h).square()  # So et al. 2021
+        return linear(h, self.projection, bound_y)
+
+
+class Block(nn.Module):
+    def __init__(
+        self, args: Hyperparameters, attention: Callable, has_value_embedding: bool, is_long: bool
+    ):
+        super().__init__()
+        self.is_long = is_long
+        self.attn = CausalSelfAttention(args, attention, has_value_embedding, is_long)
+        self.mlp = MLP(args)
+        self.attn_scale, self.eps = args.attention_output_scale, args.norm_eps
+        self.dtype = getattr(torch, args.dtype)
+        self.residual_lambdas = nn.Parameter(torch.empty(2)) if args.embed_shortcut else None
+
+    def forward(
+        self, x_BTD, x0_BTD, rotary, batch, windows, value_embedding_BTD, is_first_BT
+    ) -> Tensor:
+        x, window = x_BTD, windows[1] if self.is_long else windows[0]
+        if self.residual_lambdas is not None:
+            x = self.residual_lambdas[0] * x + self.residual_lambdas[1] * x0_BTD
+        y = norm(x, self.eps).to(self.dtype)
+        y = self.attn(y, rotary, batch, window, value_embedding_BTD, is_first_BT)
+        x = x + self.attn_scale * y.type_as(x)
+        return x + self.mlp(norm(x, self.eps).to(self.dtype)).type_as(x)
+
+
+class GPT(nn.Module):
+    """The language model; `attention` is one of the attention functions above.
+
+    Weights are float32 and cast where they are used. `reset_parameters` draws them from PyTorch's
+    global generator.
+    """
+
+    def __init__(self, args: Hyperparameters, attention: Callable = sdpa_attention):
+        super().__init__()
+        self.args = args
+        self.dtype = getattr(torch, args.dtype)
+        self.residual_dtype = getattr(torch, args.residual_dtype)
+        L, n = args.num_layers, args.value_embeddings
+        self.embed = nn.Embedding(args.vocab_size, args.model_dim)
+        self.value_embeds = nn.ModuleList(
+            nn.Embedding(args.vocab_size, args.attention_width) for _ in range(n)
+        )
+        self.bigram_embed = None
+        if args.bigram_rows:
+            self.bigram_embed = nn.Embedding(args.bigram_rows, args.model_dim)
+        # Table i serves layer i and the i-th of the last n layers.
+        self.value_table = {i: i for i in range(n)} | {L - n + i: i for i in range(n)}
+        self.blocks = nn.ModuleList(
+            Block(args, attention, i in self.value_table, is_long=i % 4 == 3 or i == L - 1)
+            for i in range(L)
+        )
+        self.rotary = Rotary(args)
+        self.mixed = set()  # blocks whose outputs are mixed into the last one's
+        if args.output_mixing:
+            self.mixed = {1, L // 2 - 1, L - 3} & set(range(L - 1))
+            self.mixing_up = nn.Parameter(torch.empty(64, args.model_dim))
+            self.mixing_down = nn.Parameter(torch.empty(1 + len(self.mixed), 64))
+        has_skips = args.skip_connections and L > 1
+        self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if has_skips else None
+        head_shape = args.vocab_size, args.model_dim
+        self.head = None if args.tied_head else nn.Parameter(torch.empty(head_shape))
+        bias = torch.zeros(args.vocab_size) if args.unigram_power else None
+        self.register_buffer("logit_bias", bias)
+        self.reset_parameters()
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights of the matrix products of each token, without the head's."""
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if p.ndim > 1 and name != "head" and "embed" not in name)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise each parameter by its name; RunError names one that nobody thought of."""
+        for name, p in self.named_parameters():
+            fan_in_bound = p.size(-1) ** -0.5  # nn.Linear's default
+            if name.endswith("projection") or name == "head":
+                if self.args.zero_init_projections:
+                    p.zero_()
+                else:
+                    p.uniform_(-fan_in_bound, fan_in_bound)
+            elif name.endswith(("qkv", "up")) or (name == "embed.weight" and self.head is None):
+                p.uniform_(-fan_in_bound, fan_in_bound)
+            elif name == "embed.weight" or name.startswith("value_embeds"):
+                p.normal_()
+            elif name in ("bigram_embed.weight", "mixing_down") or name.endswith("gate"):
+                p.zero_()
+            elif name.endswith("value_lambdas"):
+                p.fill_(0.5)
+            elif name.endswith("residual_lambdas"):
+                p.copy_(torch.tensor([1.0, 0.05 if self.args.bigram_rows else 0.0]))
+            elif name == "skip_lambdas":
+                p.fill_(1.0)
+            else:
+                raise RunError(f"parameter {name} is not initialised: add it to reset_parameters")
+
+    def forward(self, batch: MicroBatch, windows: tuple[int, int], ahead_K=None) -> Tensor:
+        """Sum of the cross entropies of all tokens, nats, float32.
+
+        `windows`: tokens that (short-window, long-window) layers look back, 0 for no limit.
+        `ahead_K`: what the next K tokens weigh in the gradient, float32, by default (1,); the sum
+        is of the next token alone in any case.
+        """
+        args = self.args
+        inputs_BT = batch.inputs_BT
+        x = self.embed(inputs_BT).to(self.residual_dtype)
+        if args.norm_embed:
+            x = norm(x, args.norm_eps)
+        x0, skips, mixed, is_first = x, [], [x], None
+        if args.key_offset or args.bigram_rows:
+            is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
+            is_first[batch.cu_seqlens.long()] = True
+            is_first = is_first[:-1].view_as(inputs_BT)
+        if self.bigram_embed is not None:  # record 62 of the modded-nanogpt speedrun
+            token = inputs_BT.long()
+            pair = 36_313 * token ^ 27_191 * shift(token, is_first)
+            x0 = x + self.bigram_embed(pair % args.bigram_rows).to(self.residual_dtype)
+            if not args.embed_shortcut:
+                x = x0
+        value_tables = [table(inputs_BT).to(self.dtype) for table in self.value_embeds]
+        for i, block in enumerate(self.blocks):
+            if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
+                x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
+            value_embedding = value_tables[self.value_table[i]] if i in self.value_table else None
+            x = block(x, x0, self.rotary, batch, windows, value_embedding, is_first)
+            if self.skip_lambdas is not None and i < args.num_layers // 2:
+                skips.append(x)
+            if i in self.mixed:
+                mixed.append(x)
+        if args.output_mixing:  # as in the last layer of MUDD (Xiao et al. 2025)
+            hidden = F.gelu(linear(norm(x, args.norm_eps).to(self.dtype), self.mixing_up))
+            shares = linear(hidden, self.mixing_down).type_as(x).split(1, dim=-1)
+            x = x + sum(share * output for share, output in zip(shares, mixed, strict=True))
+        x = norm(x, args.norm_eps).to(self.dtype)
+        head = self.embed.weight if self.head is None else self.head
+        ahead_K = x.new_ones(1, dtype=torch.float32) if ahead_K is None else ahead_K
+        targets_NK = next_tokens(batch.targets_BT, len(ahead_K))
+        return linear_cross_entropy(
+            x.flatten(0, 1), head, targets_NK, ahead_K, self.logit_bias, args)
+
+
+def next_tokens(targets_BT: Tensor, count: int) -> Tensor:
+    """The next `count` tokens at each place, (B * T, count), int32; -1 beyond the row's end."""
+    later = [F.pad(targets_BT[:, k:], (0, k), value=-1) for k in range(count)]
+    return torch.stack(later, dim=-1).flatten(0, 1)
+
+
+def linear_cross_entropy(
+    x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args: Hyperparameters
+) -> Tensor:
+    """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
+
+    `offsets_V`, if not None, are added to the (capped) logits. The sum is that of the first of K
+    targets, while the gradient is that of all of them, each times its weight in `ahead_K`. In
+    training, a target of -1 counts for nothing; with `fp8_head`, x has to be RMS-normalised.
+    Validation, which is what runs without gradients, does without 8-bit floats, and compares with
+    the whole vocabulary.
+    """
+    if torch.is_grad_enabled():
+        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args)
+    weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
+    total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+    for x, targets in split(args.loss_chunk_size, x_ND, targets_NK[:, :1]):
+        logits = capped(product(x, weight, x.dtype)[:, : len(weight_VD)], args.logit_softcap)
+        logits = logits if offsets_V is None else logits + offsets_V
+        total = total + (log_total(logits, args.logit_softcap) - pick(logits, targets)).sum()
+    return total
+
+
+def sample_vocabulary(targets_CNK, log_weights_V, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens for each chunk's loss to compare with: its targets, and others drawn at random.
+
+    Returns (C, size) tokens, different ones in each of C chunks, what to add to their logits
+    (float32), and the targets as places among the tokens (int32, -1 stays -1); where there are more
+    first targets than places, some get -1, as does a later target that is no first target of the
+    chunk, unless it is drawn.
+    Tokens of larger weight are drawn more often, and the drawn ones stand for those left out, so
+    that the sum of all exp(logits) is expected to be that over the vocabulary: priority sampling
+    (Duffield, Lund and Thorup 2007). Jean et al. 2015 trained on parts of the vocabulary before.
+    Every chunk draws its own, because it has fewer targets than a micro-batch, which leaves more
+    places for others, and because the errors of many samples cancel. So the size of chunks and the
+    number of ranks change what is drawn, though not what is expected.
+    """
+    is_target = log_weights_V.new_zeros(len(targets_CNK), len(log_weights_V))
+    is_target = is_target.scatter(1, targets_CNK[:, :, 0].long(), 1.0)
+    chance = torch.rand_like(is_target).clamp_min(1e-8)
+    priority = (log_weights_V - chance.log() + 1e4 * is_target).sort(descending=True)
+    tokens = priority.indices[:, :size]
+    left_out = F.pad(priority.values, (0, 1), value=-torch.inf)[:, size : size + 1]  # the first
+    # Given that threshold, a token is drawn with the probability exp(log_weight - threshold).
+    offsets = (left_out - log_weights_V[tokens]).clamp_min(0) * (1 - is_target.gather(1, tokens))
+    place = torch.arange(size, dtype=torch.int32, device=tokens.device).expand_as(tokens)
+    places = place.new_full(is_target.shape, -1).scatter(1, tokens, place)
+    targets = places.gather(1, targets_CNK.clamp_min(0).long().flatten(1)).view_as(targets_CNK)
+    return tokens, offsets, targets.where(targets_CNK >= 0, -1)
+
+
+def split(size: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are computed beside the loss, chunk by chunk, so that the logits of a whole
+    micro-batch, the largest tensor of the run by far, never exist."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args):
+        fp8, dtype = args.fp8_head, x_ND.dtype
+        # Capped logits have gradients between -2 and 2; times 2^14, few are too small for 8 bits.
+        scale, grad_dtype = (2.0**14, torch.float8_e5m2) if fp8 else (1.0, dtype)
+        losses_and_gradients = cross_entropy
+        if args.triton_kernels and args.logit_softcap:
+            from triton_kernels import capped_cross_entropy as losses_and_gradients
+        chunk, size = min(args.loss_chunk_size, len(x_ND)), len(weight_VD)
+        vocabularies = [(slice(None), offsets_V)]  # one for all chunks, or one for each
+        if args.samples_vocabulary:  # by frequencies, if they are there, and else all alike
+            weights_V = weight_VD.new_zeros(size) if offsets_V is None else offsets_V
+            size, targets_CNK = args.sampled_vocab, targets_NK.unflatten(0, (-1, chunk))
+            tokens_CS, offsets_CS, targets_CNK = sample_vocabulary(targets_CNK, weights_V, size)
+            vocabularies = list(zip(tokens_CS, offsets_CS + weights_V[tokens_CS], strict=True))
+            targets_NK = targets_CNK.flatten(0, 1)
+        total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        grad_weight, grad_x = torch.zeros_like(weight_VD), []
+        for i, (x, targets) in enumerate(split(chunk, x_ND, targets_NK)):
+            if i < len(vocabularies):
+                tokens, offsets = vocabularies[i]
+                weight = pad_vocabulary(weight_VD[tokens].to(dtype))
+                weight = float8(weight) if fp8 else weight
+                weight_T = weight.T
+            x = float8(x, x.size(-1) ** 0.5) if fp8 else x
+            losses, grad = losses_and_gradients(
+                product(x, weight, dtype), targets, ahead_K, offsets, size, args.logit_softcap,
+                scale, grad_dtype)
+            total = total + losses.sum()
+            grad = Float8(grad, x.scale.new_full((), 1 / scale)) if fp8 else grad
+            grad_x.append(product(grad, weight_T, dtype, is_gradient=True))
+            grad_rows = product(grad.T, x.T, torch.float32 if fp8 else dtype, is_gradient=True)
+            grad_weight[tokens] += grad_rows[:size]
+        ctx.save_for_backward(torch.cat(grad_x), grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        grad_x = (grad_loss * grad_x).type_as(grad_x)
+        return grad_x, grad_loss * grad_weight, None, None, None, None
+
+
+def cross_entropy(
+    logits_NV, targets_NK, ahead_K, offsets_V, vocab_size: int, softcap: float, scale: float, dtype
+) -> tuple[Tensor, Tensor]:
+    """Cross entropies (N,) of the capped logits and the first target, and gradients (N, V).
+
+    The gradients are those of all K targets, weighted by `ahead_K`, times `scale`. `offsets_V`, if
+    any, are added to the capped logits. A target of -1 has loss and gradient 0. The columns from
+    `vocab_size` on are padding, with gradient 0. On a CPU, new memory costs more than the
+    arithmetic, hence the operations in place. The plain twin of a Triton kernel.
+    """
+    z = capped(logits_NV[:, :vocab_size], softcap)
+    y = z if offsets_V is None else z + offsets_V
+    total, has_target = log_total(y, softcap), targets_NK >= 0
+    losses = (total - pick(y, targets_NK[:, :1].clamp_min(0))) * has_target[:, :1]
+    vocabulary, weights_NK = torch.arange(vocab_size, device=z.device), ahead_K * has_target
+    grad = (y - total).exp_().mul_(weights_NK.sum(1, keepdim=True))
+    for k, weight in enumerate(ahead_K.unbind()):
+        grad.sub_((vocabulary == targets_NK[:, k : k + 1]) * weight)
+    if softcap:
+        grad.mul_(z.div_(softcap).square_().neg_().add_(1))
+    grad = grad.mul_(scale).to(dtype)
+    return losses[:, 0], F.pad(grad, (0, logits_NV.size(1) - vocab_size))
+
+
+def capped(logits_NV: Tensor, softcap: float) -> Tensor:
+    """Gemma 2's softcap * tanh(logits / softcap), float32, in place if they are; 0: the logits."""
+    logits = logits_NV.float()
+    if softcap:  # tanh by way of the sigmoid, which GPUs compute faster
+        logits = logits.mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
+    return logits
+
+
+def log_total(z_NV: Tensor, softcap: float) -> Tensor:
+    """log(sum(exp(z))), (N, 1). A cap makes the pass for the largest z needless."""
+    if softcap:
+        return z_NV.exp().sum(-1, keepdim=True).log()
+    return torch.logsumexp(z_NV, dim=-1, keepdim=True)
+
+
+def pick(z_NV: Tensor, targets_N1: Tensor) -> Tensor:
+    return z_NV.gather(1, targets_N1.long())
+
+
+def pad_vocabulary(weight_VD: Tensor) -> Tensor:
+    """Rows of zeros up to a multiple of 64 on a GPU, whose matrix units want aligned sizes."""
+    return F.pad(weight_VD, (0, 0, 0, -len(weight_VD) % 64)) if weight_VD.is_cuda else weight_VD
+
+
+# -----------------------------------------------------------------------------
+# Optimizers
+
+POLAR_EXPRESS = (  # Amsel et al. 2025, five steps; they are meant for a norm a little below 1
+    (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232),
+)
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al. 2024
+
+
+def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express") -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly, to each of N matrices (R, C).
+
+    Five steps X <- (aI + bA + cA^2)X with A = XX^T, in bfloat16 on a GPU; for a tall matrix
+    X(aI + bA + cA^2) with A = X^TX, which is smaller. The singular values of the result lie near 1
+    rather than at it, which Muon does not mind (Jordan et al. 2024).
+    """
+    X = G_NRC.bfloat16() if G_NRC.is_cuda else G_NRC.float()
+    tall = X.size(-2) > X.size(-1)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    identity = torch.eye(min(X.shape[-2:]), device=X.device)  # float32, and so is the sum it is in
+    for a, b, c in POLAR_EXPRESS if iteration == "polar-express" else NEWTON_SCHULZ:
+        A = X.mT @ X if tall else X @ X.mT
+        A = (a * identity + b * A + c * (A @ A)).type_as(X)
+        X = X @ A if tall else A @ X
+    return X
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Base of Muon and Adam: the work of a step is split over ranks, then gathered.
+
+    Each parameter group becomes one flat buffer of units (matrices for Muon, numbers or rows for
+    Adam), padded so that every rank owns as many, and its parameters become views of it. A step
+    sums the gradients into each rank's share, updates the share, and gathers the shares. With one
+    rank the share is everything; the code is the same. Groups are lists of (name, parameter).
+    """
+
+    unit_ndim: int  # dimensions of a unit, unless its group says otherwise
+
+    def __init__(self, groups: list[dict], rank: int, world_size: int, **defaults):
+        super().__init__(groups, dict(unit_ndim=self.unit_ndim) | defaults)
+        self.rank, self.world_size = rank, world_size
+        self.flats = []
+        for group in self.param_groups:
+            group["initial_lr"], group["grad_scale"] = group["lr"], 1.0
+            flat = self.flatten([p.detach() for p in group["params"]], group["unit_ndim"])
+            offset = 0
+            for p in group["params"]:
+                p.data = flat.view(-1)[offset : offset + p.numel()].view_as(p)
+                offset += p.numel()
+            self.flats.append(flat)
+
+    def flatten(self, tensors: list[Tensor], unit_ndim: int) -> Tensor:
+        """The units of all tensors in one tensor, zeros added to share them out evenly."""
+        unit_shape = tensors[0].shape[tensors[0].ndim - unit_ndim :]
+        units = [tensor.reshape(-1, *unit_shape) for tensor in tensors]
+        missing = -sum(map(len, units)) % self.world_size
+        if len(units) == 1 and not missing:
+            return units[0]  # a large table need not be copied
+        return torch.cat([*units, units[0].new_zeros(missing, *unit_shape)])
+
+    def share(self, flat: Tensor) -> Tensor:
+        """This rank's units of a flat buffer."""
+        return flat.chunk(self.world_size)[self.rank]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        reductions = []
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.grad is None:
+                    raise RunError(f"parameter {name} got no gradient: nothing in forward uses it")
+            grads = self.flatten([p.grad for p in group["params"]], group["unit_ndim"])
+            reductions.append((grads, reduce_scatter(grads, self.share(grads), self.world_size)))
+        gathers = []
+        for group, flat, (grads, wait) in zip(
+            self.param_groups, self.flats, reductions, strict=True
+        ):
+            wait()
+            self.update(self.share(flat), self.share(grads), self.state[group["params"][0]], group)
+            gathers.append(all_gather(flat, self.share(flat), self.world_size))
+        for wait in gathers:
+            wait()
+
+    def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        raise NotImplementedError
+
+
+def reduce_scatter(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], None]:
+    """Start summing `whole` over ranks into the `share` of it that this rank owns."""
+    if world_size == 1:
+        return lambda: None
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return collective(share, whole, async_op=True).wait
+
+
+def all_gather(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], None]:
+    """Start filling `whole` with every rank's `share`."""
+    if world_size == 1:
+        return lambda: None
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return collective(whole, share, async_op=True).wait
+
+
+class Muon(ShardedOptimizer):
+    """Momentum orthogonalised (Jordan et al. 2024), for matrices. A group holds one shape.
+
+    With `beta2`, the rows of the update (its columns, if it is wide) are divided by the root of
+    their running mean squares, and the whole is scaled back to its norm: NorMuon (Li et al. 2025).
+    """
+
+    unit_ndim = 2
+
+    def __init__(self, groups: list[dict], rank: int, world_size: int, fuse: bool, **defaults):
+        super().__init__(groups, rank, world_size, **defaults)
+        self.kernel = torch.compile(muon_update, dynamic=False) if fuse else muon_update
+
+    def update(self, p_NRC: Tensor, grad_NRC: Tensor, state: dict, group: dict) -> None:
+        tall = p_NRC.size(-2) >= p_NRC.size(-1)
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad_NRC)
+            state["second_moment"] = grad_NRC.new_zeros(
+                len(p_NRC), *((p_NRC.size(-2), 1) if tall else (1, p_NRC.size(-1))))
+        # An update changes a layer's output by as much whatever the layer's shape.
+        scale = max(1, p_NRC.size(-2) / p_NRC.size(-1)) ** 0.5
+        # Tensors, so that a new value does not compile a new kernel.
+        grad_scale, momentum = torch.tensor(group["grad_scale"]), torch.tensor(group["momentum"])
+        decay = torch.tensor(1 - group["lr"] * group["weight_decay"])
+        step_size = torch.tensor(group["lr"] * scale)
+        self.kernel(p_NRC, grad_NRC, grad_scale, state["momentum_buffer"], state["second_moment"],
+                    momentum, step_size, decay, group["nesterov"], group["iteration"],
+                    group["beta2"])
+
+
+def muon_update(
+    p_NRC, grad_NRC, grad_scale, buffer_NRC, second_moment, momentum, step_size, decay,
+    nesterov: bool, iteration: str, beta2: float,
+) -> None:
+    grad_NRC = grad_NRC * grad_scale
+    buffer_NRC.mul_(momentum).add_(grad_NRC * (1 - momentum))
+    update = grad_NRC * (1 - momentum) + buffer_NRC * momentum if nesterov else buffer_NRC
+    update = zeropower_via_newtonschulz5(update, iteration).float()
+    if beta2:
+        size = update.norm(dim=(-2, -1), keepdim=True)
+        mean_square = update.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True)
+        second_moment.lerp_(mean_square, 1 - beta2)
+        update = update * (second_moment + 1e-10).rsqrt()
+        update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    p_NRC.mul_(decay).sub_(update * step_size)
+
+
+class Adam(ShardedOptimizer):
+    """AdamW (Loshchilov and Hutter 2019), the same numbers as torch.optim.AdamW.
+
+    In a group whose units are rows, a row has one second moment, the running mean square of its
+    gradients, as in the Adagrad of Mudigere et al. 2021, and first moments are bfloat16: less than
+    two thirds of the memory to read and write.
+    """
+
+    unit_ndim = 0
+
+    def __init__(self, groups: list[dict], rank: int, world_size: int, fuse: bool, **defaults):
+        super().__init__(groups, rank, world_size, **defaults)
+        self.kernel = torch.compile(adam_update, dynamic=False) if fuse else adam_update
+
+    def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        if not state:
+            state["step"] = 0
+            by_row = group["unit_ndim"] == 1
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16 if by_row else p.dtype)
+            state["exp_avg_sq"] = p.new_zeros(len(p), 1) if by_row else torch.zeros_like(p)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        bias1, bias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        # Tensors, so that a new value does not compile a new kernel.
+        grad_scale = torch.tensor(group["grad_scale"])
+        decay = torch.tensor(1 - group["lr"] * group["weight_decay"])
+        step_size, root_bias2 = torch.tensor(group["lr"] / bias1), torch.tensor(bias2**0.5)
+        self.kernel(p, grad, grad_scale, state["exp_avg"], state["exp_avg_sq"], beta1, beta2,
+                    group["eps"], decay, step_size, root_bias2)
+
+
+def adam_update(
+    p, grad, grad_scale, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_size, root_bias2
+) -> None:
+    grad = grad * grad_scale
+    moment = exp_avg.float().lerp_(grad, 1 - beta1)
+    exp_avg.copy_(moment)
+    square = grad.square_()
+    if exp_avg_sq.shape != square.shape:
+        square = square.mean(-1, keepdim=True)
+    exp_avg_sq.lerp_(square, 1 - beta2)
+    p.mul_(decay).sub_(moment * (step_size / (exp_avg_sq.sqrt() / root_bias2 + eps)))
+
+
+LEARNING_RATES = ("matrix", "embed", "bigram", "head", "scalar")  # kinds of parameters
+
+
+def build_optimizers(
+    model: GPT, args: Hyperparameters, rank: int = 0, world_size: int = 1
+) -> list[ShardedOptimizer]:
+    """Optimizers that hold each parameter of the model once; RunError names one they do not."""
+    lrs = {kind: getattr(args, f"{kind}_lr") for kind in LEARNING_RATES}
+    adam_groups, muon_groups = {}, {}
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or name.endswith("gate"):
+            kind = "scalar"
+        elif name == "head" or name.startswith("mixing"):
+            kind = "head"
+        elif name == "bigram_embed.weight":
+            kind = "bigram"
+        elif "embed" in name:
+            kind = "embed"
+        else:
+            kind = "matrix"
+        groups, key, units = adam_groups, kind, {}
+        if kind in ("embed", "bigram", "head"):
+            key = name  # a group of its own, so that nothing large is copied
+            units = dict(unit_ndim=1) if args.row_moments and kind != "head" else {}
+        elif kind == "matrix" and args.optimizer == "muon":
+            groups, key = muon_groups, p.shape[-2:]
+        groups.setdefault(key, dict(params=[], lr=lrs[kind]) | units)["params"].append((name, p))
+
+    adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
+    muon = dict(momentum=args.muon_momentum, beta2=args.muon_beta2, nesterov=args.muon_nesterov,
+                iteration=args.muon_iteration)
+    optimizers = [
+        kind(list(groups.values()), rank, world_size, fuse=args.compile,
+             weight_decay=args.weight_decay, **settings)
+        for kind, groups, settings in ((Adam, adam_groups, adam), (Muon, muon_groups, muon))
+        if groups
+    ]
+    held = [name for o in optimizers for g in o.param_groups for name in g["param_names"]]
+    for name, _ in model.named_parameters():
+        if held.count(name) != 1:
+            raise RunError(f"parameter {name} is in {held.count(name)} optimizer groups, not in 1")
+    return optimizers
+
+
+# -----------------------------------------------------------------------------
+# Schedules: functions of the step, from 0 to train_steps
+
+
+def lr_multiplier(step: int, args: Hyperparameters) -> float:
+    """Factor on the learning rates at this step: a linear rise, a plateau, a linear fall.
+
+    In a stage of other batches than `batch_size` all of it goes with a power of the batch.
+    """
+    return (linear_schedule(step, args)
+            * (args.batch_size_at(step) / args.batch_size) ** args.batch_lr_power)
+
+
+def linear_schedule(step: int, args: Hyperparameters) -> float:
+    warmup_steps = round(args.warmup_frac * args.train_steps)
+    cooldown_steps = round(args.cooldown_frac * args.train_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    steps_left = args.train_steps - step
+    if steps_left >= cooldown_steps:
+        return 1.0
+    return args.final_lr_frac + (1 - args.final_lr_frac) * steps_left / cooldown_steps
+
+
+def muon_momentum(step: int, args: Hyperparameters) -> float:
+    """Muon's momentum at this step: from 0.85 to its final value over the first fifth."""
+    done = min(1.0, step / max(1, args.train_steps / 5))
+    return 0.85 + done * (args.muon_momentum - 0.85)
+
+
+def ahead_weights(step: int, args: Hyperparameters) -> list[float]:
+    """What the next `tokens_ahead` tokens weigh in the loss: 1, and powers of 1/2 that fall to 0.
+
+    The last of them falls in the first third of the run, the one before it in the second, and so
+    on. Predicting several tokens is from Gloeckle et al. 2024, with one head for all of them, and
+    for a while only, from the modded-nanogpt speedrun (record 53).
+    """
+    thirds, count = 3 * step / args.train_steps, args.tokens_ahead
+    return [1.0] + [0.5**k * min(1.0, max(0.0, count - k - thirds)) for k in range(1, count)]
+
+
+def attention_windows(step: int, args: Hyperparameters) -> tuple[int, int]:
+    """Tokens that (short-window, long-window) layers look back at this step; 0: no limit.
+
+    They grow with the step in multiples of 64 and 128 tokens.
+    """
+    grown = args.window_start + (args.window_end - args.window_start) * step / args.train_steps
+    long = 128 * math.ceil(grown / 128)
+    return long // 2, long
+
+
+def set_schedules(optimizers: list[ShardedOptimizer], step: int, args: Hyperparameters) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_multiplier(step, args)
+            group["grad_scale"] = 1 / args.batch_size_at(step)
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step, args)
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable, shards: list[TokenRows], args: Hyperparameters, windows: tuple[int, int],
+    ranks: Ranks,
+) -> float:
+    """Mean cross entropy, nats per token, over exactly the first `val_tokens` validation tokens.
+
+    Each token is predicted once, whatever the batch and the number of ranks. Touches no gradient,
+    random generator or training data.
+    """
+    rows_per_batch = args.val_batch_size // args.max_val_length
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    rows_left, batch_index = args.val_tokens // args.max_val_length, 0
+    for rows in shards:
+        usable = min(rows.num_rows, rows_left)
+        rows_left -= usable
+        for row in range(0, usable, rows_per_batch):
+            if batch_index % ranks.world_size == ranks.rank:
+                batch = rows.micro_batch(row, min(rows_per_batch, usable - row))
+                with memory_advice(args, "val_batch_size"):
+                    total += model(batch.to(ranks.device), windows)
+            batch_index += 1
+    if ranks.world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / args.val_tokens
+
+
+# -----------------------------------------------------------------------------
+# Logging
+
+
+class Log:
+    """The log file of a run: each line is on disk as soon as it is written.
+
+    Drops everything until `create` is called, which only rank 0 does. If the disk fills up, the
+    lines go to the console, and to the file once there is room again.
+    """
+
+    def __init__(self):
+        self.path, self.pending, self.print = None, [], print
+
+    def create(self, path: Path) -> None:
+        """RunError if the file is there already, or cannot be written."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("x").close()
+        except OSError as error:
+            if path.is_file():
+                raise RunError(f"{path} exists already; choose another --run_id") from None
+            raise RunError(f"cannot write the log {path}: {error.strerror}; free some space, or "
+                           f"choose another --log_dir") from None
+        self.path = path
+
+    def __call__(self, text: str, console: bool = False) -> None:
+        if self.path is None:
+            return
+        first_failure = not self.pending
+        self.pending.append(text + "\n")
+        size = None
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                size = file.tell()
+                file.write("".join(self.pending))
+            self.pending.clear()
+        except OSError as error:
+            with suppress(OSError):
+                if size is not None:
+                    os.truncate(self.path, size)  # no half lines
+            if first_failure:
+                self.print(f"cannot write {self.path}: {error.strerror}; the run goes on, and its "
+                           f"lines stand here until there is room")
+            console = True
+        if console:
+            self.print(text)
+            sys.stdout.flush()
+
+    def close(self) -> int:
+        """Exit status: 0 if the whole log is on disk."""
+        if self.pending:
+            print(f"error: {self.path} lacks its last {len(self.pending)} entries; they stand "
+                  f"above", file=sys.stderr)
+        return 1 if self.pending else 0
+
+
+def describe_machine(device: torch.device) -> str:
+    """Date, versions, processor or GPU, nvidia-smi, settings and git commit, one fact a line."""
+
+    def run(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20,
+                                  cwd=Path(__file__).resolve().parent)
+            return done.stdout.rstrip() if done.returncode == 0 else ""
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    lines = [time.strftime("date: %Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+             f"{versions}, CUDA {torch.version.cuda}, numpy {np.__version__}", platform.platform()]
+    if device.type == "cuda":
+        lines.append(f"GPU: {torch.cuda.get_device_name(device)}")
+        lines.append(run("nvidia-smi"))
+    else:
+        lines.append(f"CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+                     f"{torch.get_num_threads()} threads")
+    # Settings that reach the compiler and its kernels from outside of this file, but no paths.
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items())
+                if re.match("TORCH(INDUCTOR|DYNAMO|_)|PYTORCH_|TRITON_|CUBLAS_|CUDNN_|NCCL_", name)
+                and not re.search("(DIR|HOME|PATH)$", name)]
+    lines.append(f"environment: {' '.join(settings) or 'no settings'}")
+    commit = run("git", "rev-parse", "HEAD")
+    dirty = "with uncommitted changes" if run("git", "status", "--porcelain") else "clean"
+    lines.append(f"git commit: {commit} ({dirty})" if commit else "git commit: none")
+    return "\n".join(lines)
+
+
+def read_source(args: Hyperparameters) -> str:
+    """This file, and after a mark the kernels', if the run uses them."""
+    uses_kernels = args.triton_kernels or args.fp8_head or args.fp8_blocks
+    names = [Path(__file__).name, "triton_kernels.py"][: 1 + uses_kernels]
+    files = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
+    return "\n# file: triton_kernels.py\n".join(files)
+
+
+def log_header(
+    log: Log, args: Hyperparameters, model: GPT, ranks: Ranks, attention: str,
+    train: list[ShardInfo], val: list[ShardInfo],
+) -> None:
+    """The source of the run, then all that is needed to run it again."""
+    log(read_source(args))
+    log("=" * 100)
+    log(describe_machine(ranks.device))
+    log("=" * 100)
+    for kind, shards in (("train", train), ("val", val)):
+        for shard in shards:
+            log(f"{kind} data: {shard.path} {shard.num_bytes} bytes sha256 {shard.sha256}")
+    for name, value in dataclasses.asdict(args).items():
+        log(f"hyperparameter {name}: {value}")
+    parameters = sum(p.numel() for p in model.parameters())
+    head = model.embed.weight if model.head is None else model.head
+    active = model.matrix_weights + head.numel()
+    log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
+    for batch_size in args.stage_batch_sizes:
+        micro_batches = batch_size // args.device_batch_size // ranks.world_size
+        log(f"tokens per step: {batch_size:,} = {ranks.world_size} ranks x {micro_batches} "
+            f"micro-batches x {args.device_batch_size:,}")
+    log(f"training tokens: {args.train_tokens:,}")
+    log(f"attention: {attention}")
+    for reason in reasons_not_a_record(args, ranks.world_size):
+        log(f"not a record: {reason}")
+    log("=" * 100)
+
+
+class Progress:
+    """What a run has measured so far, as lines of the log, on the console, and in W&B.
+
+    The loss of a step is read when the next one has been queued, so that the GPU never waits.
+    """
+
+    def __init__(self, args: Hyperparameters, ranks: Ranks, log: Log, clock: "Clock", wandb):
+        self.args, self.ranks, self.log = args, ranks, log
+        self.clock, self.wandb = clock, wandb
+        self.train_losses: list[float] = []
+        self.val_losses: list[tuple[int, float]] = []
+        self.unread, self.reached, self.tokens = None, None, 0
+        self.bar = None
+        if ranks.rank == 0 and sys.stdout.isatty():
+            self.bar = tqdm(total=args.train_steps, unit="step", dynamic_ncols=True)
+            log.print = self.bar.write
+
+    def measure(self, step: int, seconds: float, val_loss: float | None = None) -> str:
+        """The part of a log line that other tools read."""
+        loss = "" if val_loss is None else f" val_loss:{val_loss:.5f}"
+        return (f"step:{step}/{self.args.train_steps}{loss} train_time:{1000 * seconds:.0f}ms "
+                f"step_avg:{1000 * seconds / max(1, step):.2f}ms")
+
+    def queued(self, loss: Tensor) -> None:
+        """One more step was queued; `loss` (scalar) is what it will find."""
+        loss_and_stamp = copy_to_cpu(loss), self.clock.stamp()
+        self.finish_step()
+        self.unread = loss_and_stamp
+
+    def finish_step(self) -> None:
+        """Wait for the step that was queued, and report it. RunError if its loss is no number."""
+        if self.unread is None:
+            return
+        (loss, stamp), self.unread = self.unread, None
+        seconds = self.clock.at(stamp)
+        loss = loss.item()
+        step = len(self.train_losses) + 1
+        self.check_finite("train loss", loss, step)
+        self.train_losses.append(loss)
+        self.log(self.measure(step, seconds))
+        self.tokens += self.args.batch_size_at(step - 1)
+        speed = self.tokens / seconds
+        if self.wandb:
+            self.wandb.log({"train_loss": loss, "train_time": seconds}, step=step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            self.bar.update()
+        elif self.log.path and (step == 1 or step % self.args.log_every == 0):
+            left = seconds / step * (self.args.train_steps - step)
+            print(f"step {step}/{self.args.train_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
+                  f"{left:.0f} s left", flush=True)
+
+    def validated(self, step: int, val_loss: float) -> None:
+        self.check_finite("val_loss", val_loss, step)
+        self.val_losses.append((step, val_loss))
+        self.log(self.measure(step, self.clock.seconds, val_loss), console=True)
+        if self.wandb:
+            self.wandb.log({"val_loss": val_loss, "train_time": self.clock.seconds}, step=step)
+        if val_loss <= self.args.target and self.reached is None:
+            self.reached = self.outcome(step, val_loss)
+
+    def outcome(self, step: int, val_loss: float) -> str:
+        return f"val_loss {val_loss:.5f} at step {step}, train_time {self.clock.seconds:.3f}s"
+
+    def check_finite(self, name: str, loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            return
+        last = "none" if not self.val_losses else "step {} val_loss {:.5f}".format(
+            *self.val_losses[-1])
+        factor = lr_multiplier(max(0, step - 1), self.args)
+        rates = ", ".join(f"{kind} {factor * getattr(self.args, f'{kind}_lr'):.3g}"
+                          for kind in LEARNING_RATES)
+        raise CollectiveError(f"{name} is {loss} at step {step}, with learning rates {rates}; last "
+                              f"good validation: {last}; lower the learning rates, or try --dtype "
+                              f"float32 to see whether it is a matter of precision")
+
+    def summarize(self, peak_memory: str) -> None:
+        """The last lines of the log, the verdict at the end, and the plot beside it."""
+        if self.bar is not None:
+            self.bar.close()
+            self.log.print = print
+        if self.wandb:
+            self.wandb.finish()
+        args = self.args
+        self.log(f"peak memory: {peak_memory}", console=True)
+        self.log(f"graphs compiled while the clock ran: {self.clock.recompilations}",
+                 console=self.clock.recompilations > 0)
+        if self.reached:
+            verdict = f"target {args.target} of track {args.track} reached: {self.reached}"
+        else:
+            verdict = (f"target {args.target} of track {args.track} not reached: "
+                       f"{self.outcome(*self.val_losses[-1])}")
+        if reasons := reasons_not_a_record(args, self.ranks.world_size):
+            verdict += f"; not a record: {'; '.join(reasons)}"
+        self.log(verdict, console=True)
+        if self.log.path:
+            picture = self.log.path.with_suffix(".png")
+            try:
+                plot_losses(picture, self.train_losses, self.val_losses, args)
+                print(f"log: {self.log.path}, loss curve: {picture}")
+            except (ImportError, OSError) as error:
+                print(f"log: {self.log.path}, no loss curve: {error}")
+
+
+def plot_losses(path: Path, train_losses: list, val_losses: list, args: Hyperparameters) -> None:
+    """Write a PNG of the training losses, [loss of step 1, ...], and of [(step, val_loss), ...]."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot(range(1, len(train_losses) + 1), train_losses, color="0.7", lw=0.8, label="train")
+    axes.plot(*zip(*val_losses, strict=True), "o-", color="tab:blue", ms=3, label="validation")
+    axes.axhline(args.target, color="tab:red", ls="--", lw=1, label=f"target {args.target}")
+    axes.set(xlabel=f"step of {args.describe_batch()} tokens", ylabel="loss, nats per token",
+             title=f"{path.stem}: val_loss {val_losses[-1][1]:.4f}")
+    shown = [loss for _, loss in val_losses[1:] or val_losses] + [args.target]
+    axes.set_ylim(min(shown) - 0.1, max(shown) + 1.0)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def start_wandb(args: Hyperparameters, run_id: str):
+    """A Weights & Biases run; offline unless this machine is logged in."""
+    try:
+        import wandb
+    except ImportError:
+        raise RunError("--log_wandb needs the wandb package: pip install wandb") from None
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    return wandb.init(project=args.wandb_project, name=args.wandb_name or run_id, mode=mode,
+                      config=dataclasses.asdict(args))
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def join_ranks() -> Ranks:
+    """Join the process group that torchrun describes in the environment, if it does."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(f"there is no GPU for local rank {local_rank}: this machine has "
+                           f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    return Ranks(rank, world_size, device)
+
+
+def on_first_rank(function: Callable, ranks: Ranks):
+    """What `function()` returns on rank 0, for every rank; a RunError there is raised on all."""
+    outcome = [None]
+    if ranks.rank == 0:
+        try:
+            outcome = [function()]
+        except RunError as error:
+            outcome = [CollectiveError(str(error))]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], RunError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def check_accumulation(args: Hyperparameters, world_size: int) -> None:
+    """RunError, with the values that would do, unless ranks x micro-batches fill a step."""
+    micro_rows = args.device_batch_size // args.row_length
+    stages = [size // args.row_length for size in args.stage_batch_sizes]
+    if rows := next((rows for rows in stages if rows % world_size), None):
+        counts = [n for n in range(1, args.common_rows + 1) if args.common_rows % n == 0]
+        raise CollectiveError(f"--batch_size {rows * args.row_length} is {rows} rows of "
+                              f"--row_length {args.row_length}, which {world_size} ranks cannot "
+                              f"share; numbers of ranks that can: {counts}")
+    share = args.common_rows // world_size
+    if share % micro_rows:
+        sizes = [n * args.row_length for n in range(1, share + 1) if share % n == 0]
+        raise CollectiveError(f"--device_batch_size {args.device_batch_size} does not divide the "
+                              f"{share * args.row_length} tokens of each of {world_size} ranks; "
+                              f"values that do: {sizes}")
+
+
+class Clock:
+    """Training time, in seconds, without what happens between `stop` and `start`.
+
+    `recompilations` counts the graphs that torch.compile made while it ran: there should be none.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.recompilations = device, 0.0, 0
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.graphs_at_start, self.started = self.graphs(), self.stamp()
+
+    def stop(self) -> None:
+        self.seconds = self.at(self.stamp())
+        self.recompilations += self.graphs() - self.graphs_at_start
+
+    def stamp(self):
+        """A point in time: when the work that is queued on the device by now will be done."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def at(self, stamp) -> float:
+        """The training time at that point; waits for it, not for work queued later."""
+        if self.device.type != "cuda":
+            return self.seconds + stamp - self.started
+        stamp.synchronize()
+        return self.seconds + self.started.elapsed_time(stamp) / 1000
+
+    def graphs(self) -> int:
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def copy_to_cpu(value: Tensor) -> Tensor:
+    """Start copying a scalar to the CPU, without waiting for the device."""
+    if not value.is_cuda:
+        return value
+    return torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+
+
+def train_step(
+    model: Callable, optimizers: list[ShardedOptimizer], batches: list[MicroBatch], step: int,
+    args: Hyperparameters, ranks: Ranks,
+) -> Tensor:
+    """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
+    set_schedules(optimizers, step, args)
+    windows = attention_windows(step, args)
+    ahead_K = torch.tensor(ahead_weights(step, args), pin_memory=ranks.device.type == "cuda")
+    ahead_K = ahead_K.to(ranks.device, non_blocking=True)
+    total = torch.zeros((), device=ranks.device)
+    for batch in batches:
+        # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
+        # optimizers divide by the tokens of the step.
+        with memory_advice(args, "device_batch_size"):
+            loss = model(batch.to(ranks.device), windows, ahead_K)
+            loss.backward()
+        total += loss.detach()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if ranks.world_size > 1:
+        dist.all_reduce(total)
+    return total / args.batch_size_at(step)
+
+
+def warm_up(
+    model: GPT, compiled: Callable, optimizers: list[ShardedOptimizer], args: Hyperparameters,
+    ranks: Ranks,
+) -> None:
+    """Compile and run everything once on random tokens, then undo it to the last bit."""
+    saved = copy.deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
+    train_batch = random_micro_batch(args, args.device_batch_size, training=True)
+    val_batch = random_micro_batch(args, args.val_batch_size, training=False)
+    with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
+        # The second windows make the compiler treat windows as variable from then on.
+        for step in sorted({0, args.train_steps - 1}):
+            with torch.no_grad(), memory_advice(args, "val_batch_size"):
+                compiled(val_batch.to(ranks.device), attention_windows(step, args))
+            micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)
+            train_step(compiled, optimizers, micro_batches, step, args, ranks)
+    model.load_state_dict(saved[0])
+    for optimizer, state in zip(optimizers, saved[1:], strict=True):
+        optimizer.load_state_dict(state)
+
+
+def check_ranks_agree(model: GPT, ranks: Ranks) -> None:
+    """RunError if the ranks ended with different weights."""
+    if ranks.world_size == 1:
+        return
+    checksum = sum(p.detach().double().sum() for p in model.parameters())
+    bounds = torch.stack([checksum, -checksum])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    if bounds[0] != -bounds[1]:
+        raise RunError("the ranks ended with different weights: their work went apart; look at "
+                       "the GPUs and their links before trusting this run")
+
+
+@contextmanager
+def memory_advice(args: Hyperparameters, knob: str) -> Iterator[None]:
+    """Turn running out of GPU memory into a RunError that names the value of `knob` to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        row_length = args.max_val_length if knob == "val_batch_size" else args.row_length
+        rows = getattr(args, knob) // row_length
+        smaller = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
+        advice = (f"try --{knob} {smaller * row_length}; the training stays the same"
+                  if smaller else "this is one row: try a smaller --loss_chunk_size, or a smaller "
+                  "model")
+        raise RunError(f"out of GPU memory with --{knob} {getattr(args, knob)}; {advice}") from None
+
+
+def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
+    """Train and validate one model, and log it. RunError where a person has to act."""
+    args, notes = switch_off(args, ranks.device)
+    check_accumulation(args, ranks.world_size)
+    attention_name, attention = choose_attention(args, ranks.device)
+    train_shards, val_shards = on_first_rank(lambda: plan_data(args), ranks)
+    run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.recipe}-seed{args.seed}"
+    on_first_rank(lambda: log.create(Path(args.log_dir) / f"{run_id}.txt"), ranks)
+
+    torch.manual_seed(args.seed)
+    model = GPT(args, attention).to(ranks.device)
+    optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
+    log_header(log, args, model, ranks, attention_name, train_shards, val_shards)
+    wandb = start_wandb(args, run_id) if args.log_wandb and ranks.rank == 0 else None
+
+    log(f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
+        f"{args.describe_batch()} tokens to val_loss {args.target}", console=True)
+    for note in notes:
+        log(note, console=True)
+    compiled = torch.compile(model, fullgraph=True) if args.compile else model
+    if args.kernel_warmup:
+        log("compiling and warming up on random tokens; the clock starts after it", console=True)
+        started = time.perf_counter()
+        warm_up(model, compiled, optimizers, args, ranks)
+        log(f"warm-up: undone after {time.perf_counter() - started:.1f}s", console=True)
+    else:
+        log("warm-up: none")
+    batches = prefetch(train_batches([shard.path for shard in train_shards], args, ranks))
+    val_data = [TokenRows(shard.path, args, training=False) for shard in val_shards]
+    clock = Clock(ranks.device)
+    progress = Progress(args, ranks, log, clock, wandb)
+    clock.start()
+    if args.unigram_power:  # what the model starts from is training data, so it is on the clock
+        bias = args.unigram_power * log_frequencies(train_shards[0].path, args.vocab_size)
+        model.logit_bias.copy_(bias)
+    for step in range(args.train_steps + 1):
+        is_last = step == args.train_steps
+        if is_last or (args.val_loss_every and step % args.val_loss_every == 0):
+            progress.finish_step()
+            clock.stop()
+            windows = attention_windows(step, args)
+            progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
+            if is_last:
+                break
+            clock.start()
+        loss = train_step(compiled, optimizers, next(batches), step, args, ranks)
+        progress.queued(loss)
+    check_ranks_agree(model, ranks)
+    progress.summarize(peak_memory(ranks.device))
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory the run has held, for the log."""
+    if device.type == "cuda":
+        return (f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB allocated, "
+                f"{torch.cuda.max_memory_reserved(device) / 2**20:.0f} MiB reserved")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{kilobytes / 2 ** (20 if sys.platform == 'darwin' else 10):.0f} MiB resident"
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def raise_terminated(signum, frame):
+    raise Terminated
+
+
+def main() -> int:
+    """The exit status: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
+    args = parse_hyperparameters(sys.argv[1:])
+    signal.signal(signal.SIGTERM, raise_terminated)
+    log, ranks = Log(), None
+    try:
+        ranks = join_ranks()
+        train(args, ranks, log)
+        return log.close()
+    except RunError as error:
+        log(f"error: {error}")
+        if ranks is None or ranks.rank == 0 or not isinstance(error, CollectiveError):
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        log("stopped by Ctrl-C", console=True)
+        return 130
+    except Terminated:
+        log("stopped by SIGTERM", console=True)
+        return 143
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
