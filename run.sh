@@ -69,7 +69,6 @@ find_python() {
 find_python
 
 if [ "$command" = test ]; then exec "$python" -m pytest "$@"; fi
-if [ "$command" = check ]; then exec "$python" data/check.py "$@"; fi
 if [ "$command" = attempt ]; then exec "$python" records/attempt.py "$@"; fi
 if [ "$command" = screen ]; then exec "$python" records/screen.py "$@"; fi
 if [ "$command" = submit ]; then exec "$python" records/submit.py "$@"; fi
@@ -90,13 +89,17 @@ if [ -z "$track" ]; then [ "$gpus" -gt 0 ] && track=single-gpu || track=sample; 
 if [ "$command" = baseline ]; then
     [ "$track" = sample ] && set -- --recipe sample-baseline "$@" || set -- --recipe baseline "$@"
 fi
-if [ "$track" != sample ] && [ -z "$(value_of data_path "$@")" ]; then
-    "$python" data/cached_fineweb10B.py "$@"
-fi
-
 nproc=${NPROC:-$([ "$track" = single-gpu ] || [ "$gpus" -eq 0 ] && echo 1 || echo "$gpus")}
+nodes=${NNODES:-1}
+for_all() { # for_all SCRIPT OPTIONS...: told of how many processes there will be
+    WORLD_SIZE=$((nproc * ${nodes%%:*})) "$python" "$@"
+}
+if [ "$command" = check ]; then for_all data/check.py "$@"; exit; fi
+if [ "$track" != sample ] && [ -z "$(value_of data_path "$@")" ]; then
+    for_all data/cached_fineweb10B.py "$@"
+fi
 if [ "$gpus" -gt 0 ]; then
-    advice=$(NPROC=$nproc "$python" data/check.py --advise "$@")
+    advice=$(for_all data/check.py --advise "$@")
     # shellcheck disable=SC2086
     if [ -n "$advice" ]; then echo "to fit the GPU's memory: $advice"; set -- $advice "$@"; fi
 fi

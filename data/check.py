@@ -82,8 +82,7 @@ def advise(args: Hyperparameters, free: float) -> str:
     """
     if estimate_memory(args) < 0.95 * free:
         return ""
-    ranks = int(os.environ.get("NPROC", 1)) * int(os.environ.get("NNODES", 1))
-    rows = args.common_rows // ranks
+    rows = args.common_rows // int(os.environ.get("WORLD_SIZE", 1))
     for n in range(args.device_batch_size // args.row_length, 0, -1):
         size = n * args.row_length
         val_rows = max(1, size // args.max_val_length)

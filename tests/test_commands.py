@@ -164,6 +164,7 @@ case "$1 ${2:-}" in
         touch "$3/bin/has_packages"
         exit ;;
 esac
+case "$1" in data/*) echo "WORLD_SIZE=$WORLD_SIZE" >> "$CALLS" ;; esac
 if [ "$1 $2" = "data/check.py --advise" ]; then echo "$ADVICE"; exit; fi
 [ ! -e "$here/fails" ] || exit 7
 for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID RDZV_BACKEND MASTER_ADDR MASTER_PORT; do
@@ -189,7 +190,7 @@ def pretended(tmp_path):
         (bin_folder / name).write_text(STUB)
         (bin_folder / name).chmod(0o755)
 
-    looks = re.compile(r"\S+ (- .*|-|-c .*|-V|data/check.py --advise.*)")
+    looks = re.compile(r"\S+ (- .*|-|-c .*|-V|data/check.py --advise.*)|WORLD_SIZE=.*")
 
     def run_copy(*argv, facts=("has_packages",), gpus=0, advice="", **env):
         for path in bin_folder.glob("*_*"):
@@ -199,7 +200,9 @@ def pretended(tmp_path):
         calls.write_text("")
         done = run(*argv, folder=folder, path_first=bin_folder, CALLS=str(calls), GPUS=str(gpus),
                    ADVICE=advice, **env)
-        done.calls = [line for line in calls.read_text().splitlines() if not looks.fullmatch(line)]
+        noted = calls.read_text().splitlines()
+        done.calls = [line for line in noted if not looks.fullmatch(line)]
+        done.world_sizes = [line.split("=")[1] for line in noted if line.startswith("WORLD_SIZE=")]
         return done
 
     run_copy.folder = folder
@@ -304,6 +307,18 @@ def test_the_variables_of_several_machines_reach_torchrun(pretended):
     assert train == ("bin/python3 -m torch.distributed.run --nproc_per_node=8 "
                      "train_gpt.py --track=gpt2-small --data_path=mine")
     assert sorted(seen) == sorted(f"PET_{name}={value}" for name, value in variables.items())
+
+
+@pytest.mark.parametrize("track, variables, world_size", [
+    ("single-gpu", {}, 1), ("single-gpu", dict(NPROC="2"), 2), ("gpt2-small", {}, 8),
+    ("gpt2-small", dict(NNODES="3"), 24), ("gpt2-small", dict(NNODES="2:4", NPROC="4"), 8)])
+def test_download_and_advice_know_of_all_processes(pretended, track, variables, world_size):
+    # By them they choose the recipe, as the training will.
+    done = pretended("--track", track, gpus=8, **variables)
+    assert done.returncode == 0, done.stderr
+    assert done.world_sizes == [str(world_size)] * 2
+    assert pretended("check", "--track", track, gpus=8, **variables).world_sizes == [
+        str(world_size)]
 
 
 def test_the_check_command_hands_its_arguments_on(pretended):
