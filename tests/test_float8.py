@@ -136,6 +136,17 @@ def test_an_mlp_in_8_bits_and_all_of_its_gradients_come_near_the_exact_ones():
         assert relative_error(one, expected) < relative_error(other, expected)
 
 
+def test_weight_gradients_of_an_mlp_in_8_bits_are_not_rounded_to_16():
+    torch.manual_seed(3)
+    mlp = MLP(tiny_args(fp8_blocks=True, fp8_gradients=True))
+    for p in mlp.parameters():
+        p.data.normal_(std=0.2)
+    x = norm(torch.randn(2, 80, 32), 1e-6).bfloat16()
+    for found in torch.autograd.grad(mlp(x), mlp.parameters(), torch.randn(2, 80, 32).bfloat16()):
+        assert found.dtype == torch.float32
+        assert (found != found.bfloat16()).float().mean() > 0.5
+
+
 def test_the_transpose_that_is_there_already_is_used():
     x = float8(torch.randn(3, 5))
     other = Float8(x.values, x.scale, x.T.values)
