@@ -5,8 +5,10 @@
     s:250 tel:6.1733                                                       llm.c
 """
 
+import lzma
 import math
 import re
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 SUFFIXES = (".txt", ".log")
+ARCHIVE = ".tar.xz"  # many logs of one script take a hundredth of the room there
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 SEPARATOR = re.compile(r"^={50,}[ \t]*$", re.MULTILINE)
 LOOKS_LIKE_SOURCE = re.compile(r"^(import|from|def|class) ", re.MULTILINE)
@@ -154,13 +157,18 @@ class Run:
 
 
 def find_logs(paths: Iterable[str | Path]) -> list[Path]:
-    """The files named, and the logs in the folders named, in order. LogError if there are none."""
+    """The files named, and the logs in the folders named, in order. LogError if there are none.
+
+    Of a folder without logs it is the archives of logs.
+    """
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            logs = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+            logs = (sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+                    or sorted(path.glob(f"*{ARCHIVE}")))
             if not logs:
-                raise LogError(f"{path} holds no logs ({' or '.join('*' + s for s in SUFFIXES)})")
+                kinds = " or ".join(f"*{suffix}" for suffix in (*SUFFIXES, ARCHIVE))
+                raise LogError(f"{path} holds no logs ({kinds})")
             found += logs
         elif path.is_file():
             found.append(path)
@@ -182,12 +190,24 @@ def read_logs(paths: Iterable[str | Path]) -> list[Run]:
     return [run for path in find_logs(paths) for run in read_log(path)]
 
 
-def read_log(path: Path) -> list[Run]:
-    """The runs of one log. LogError if it cannot be read, or holds no run."""
+def read_log(path: str | Path) -> list[Run]:
+    """The runs of one log, or of all the logs in an archive. LogError if there are none."""
+    path = Path(path)
     try:
-        text = Path(path).read_bytes().decode("utf-8", "replace").removeprefix("\ufeff")
-    except OSError as error:
-        raise LogError(f"{path} cannot be read: {error.strerror}") from None
+        if not path.name.endswith(ARCHIVE):
+            return _read_text(path, path.read_bytes())
+        with tarfile.open(path) as archive:
+            logs = sorted((path / file.name, archive.extractfile(file).read()) for file in archive
+                          if file.isfile() and Path(file.name).suffix in SUFFIXES)
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        raise LogError(f"{path} cannot be read: {getattr(error, 'strerror', 0) or error}") from None
+    if not logs:
+        raise LogError(f"{path} holds no logs")
+    return [run for log in logs for run in _read_text(*log)]
+
+
+def _read_text(path: Path, content: bytes) -> list[Run]:
+    text = content.decode("utf-8", "replace").removeprefix("\ufeff")
     if "\x1b" in text:
         text = ANSI.sub("", text)
     if "\r" in text:

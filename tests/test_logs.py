@@ -2,6 +2,7 @@
 
 import math
 import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_a_missing_file_and_a_folder_without_logs_are_refused(tmp_path):
     with pytest.raises(LogError, match="nowhere.txt: no such file or folder"):
         read_logs([tmp_path / "nowhere.txt"])
     (tmp_path / "train_gpt.py").write_text(SOURCE)
-    with pytest.raises(LogError, match=r"holds no logs \(\*.txt or \*.log\)"):
+    with pytest.raises(LogError, match=r"holds no logs \(\*.txt or \*.log or \*.tar.xz\)"):
         read_logs([tmp_path])
 
 
@@ -208,6 +209,37 @@ def test_a_folder_stands_for_its_logs_and_no_log_is_read_twice(tmp_path):
     (tmp_path / "run.log").write_text(our_log(seed=3))
     (tmp_path / "README.md").write_text("step:1/2")
     assert [run.seed for run in read_logs([paths[1], tmp_path, paths[0]])] == ["2", "1", "3"]
+
+
+def test_an_archive_stands_for_the_logs_in_it_if_there_are_none_beside_it(tmp_path):
+    paths = write_logs(tmp_path / "logs", our_log(seed=2), our_log(seed=1))
+    (tmp_path / "logs" / "plan.out").write_text("no log")
+    archive = tmp_path / "there" / "logs.tar.xz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:xz") as file:
+        file.add(tmp_path / "logs", arcname=".")
+    for place in (archive, archive.parent):
+        runs = read_logs([place])
+        assert [(run.name, run.seed) for run in runs] == [("log0.txt", "2"), ("log1.txt", "1")]
+        for run, alone in zip(runs, read_logs(paths), strict=True):
+            assert run.final_loss == alone.final_loss and run.source == alone.source
+    (archive.parent / "alone.txt").write_text(our_log(seed=3))
+    assert [run.seed for run in read_logs([archive.parent])] == ["3"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_a_damaged_archive_or_one_without_logs_is_refused_by_name(tmp_path, content):
+    archive = tmp_path / "logs.tar.xz"
+    (tmp_path / "README.md").write_text("step:1/2")
+    with tarfile.open(archive, "w:xz") as file:
+        file.add(tmp_path / "README.md", arcname="README.md")
+    if content is not None:
+        archive.write_bytes(content)
+    with pytest.raises(LogError, match="logs.tar.xz (cannot be read: .|holds no logs)"):
+        read_logs([archive])
+    archive.write_bytes(archive.read_bytes()[:60])
+    with pytest.raises(LogError, match="logs.tar.xz cannot be read: ."):
+        read_logs([archive])
 
 
 def test_numbers_that_are_none_are_unknown(tmp_path):
