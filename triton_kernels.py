@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton's interpreter, which runs the kernels on a CPU, knows no machine instructions.
 INTERPRETED = triton.knobs.runtime.interpret
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)  # stands behind tensors, as the interpreter wants it
 
 
 @triton.jit
@@ -44,9 +44,9 @@ def _losses(
         inside = start + columns < vocab_size
         x = tl.load(logits + start + columns, mask=inside).to(tl.float32)
         # The cap bounds the sum, so that no pass for a maximum is needed.
-        z = softcap * LOG2_E * _tanh(x * (1 / softcap), INTERPRETED)
+        z = _tanh(x * (1 / softcap), INTERPRETED) * (softcap * LOG2_E)
         if HAS_OFFSETS:
-            z += LOG2_E * tl.load(offsets + start + columns, mask=inside)
+            z += tl.load(offsets + start + columns, mask=inside) * LOG2_E
         total += tl.where(inside, _exp2(z, INTERPRETED), 0.0)
     log_total = tl.log(tl.sum(total, 0))
     target = tl.load(targets + row * num_targets)
@@ -74,9 +74,9 @@ def _gradients(
     is_row = row < num_rows - first_row
     inside = is_row & (column < row_stride)
     x = tl.load(logits + corner + offset, mask=inside).to(tl.float32)
-    shift = -LOG2_E * tl.load(log_totals + first_row + row, mask=is_row)
+    shift = tl.load(log_totals + first_row + row, mask=is_row) * -LOG2_E
     if HAS_OFFSETS:
-        shift += LOG2_E * tl.load(offsets + column, mask=column < vocab_size)
+        shift += tl.load(offsets + column, mask=column < vocab_size) * LOG2_E
     t = _tanh(x * (1 / softcap), INTERPRETED)
     total_weight = tl.zeros((ROWS, 1), tl.float32)
     hits = 0
@@ -84,7 +84,7 @@ def _gradients(
         target = tl.load(targets + (first_row + row) * num_targets + k, mask=is_row, other=-1)
         total_weight += tl.where(target >= 0, tl.load(ahead + k) * scale, 0.0)
         hits += tl.sum((target // COLUMNS == tl.program_id(0)).to(tl.int32))
-    g = _exp2(softcap * LOG2_E * t + shift, INTERPRETED) * total_weight
+    g = _exp2(t * (softcap * LOG2_E) + shift, INTERPRETED) * total_weight
     if hits > 0:  # few tiles hold a target
         for k in tl.static_range(num_targets):
             target = tl.load(targets + (first_row + row) * num_targets + k, mask=is_row, other=-1)
