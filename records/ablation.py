@@ -5,7 +5,8 @@
 
 Runs whose hyper-parameters are equal, but for seeds, names and reports, share a row. The control
 is the one that --control names, else the one with a log called control*, else the one from which
-the others differ in the fewest hyper-parameters. Exit status: 0 if there is a table, 1 if not.
+the others differ in the fewest hyper-parameters. A time is that of a run whose steps all take as
+long as the median of their stage, because many runs share a machine in an ablation. Exit status: 0 if there is a table, 1 if not.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from significance import Welch, sample_std, welch
 LABELS = {"track", "recipe", "data_path", "target", "token_budget", "val_loss_every"}
 FINEWEB = {"fineweb": "FineWeb", "sample": "this repository's sample of FineWeb"}
 HEADER = """\
-| changed | seeds | val_loss | against the control | train_time | tokens/s | peak MiB |
+| changed | seeds | val_loss | against the control | time | tokens/s | peak MiB |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 
@@ -44,7 +45,7 @@ class Group(NamedTuple):
 
     @property
     def mean_time(self) -> float:
-        return fmean(run.train_time for run in self.runs)
+        return fmean(run.steady_time for run in self.runs)
 
     def differing(self, other: "Group") -> list[str]:
         """The hyper-parameters in which the two differ, in the order of the logs."""

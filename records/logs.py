@@ -75,6 +75,25 @@ class Run:
         return float(self.times[-1])
 
     @property
+    def steady_time(self) -> float:
+        """Seconds that it takes if the steps of each stage are as long as their median.
+
+        So what disturbed some steps, as another run that compiled on the same GPU, does not count.
+        It is `train_time` if the log does not have a time for each step.
+        """
+        steps, ends = self.steps[~self.is_val], self.times[~self.is_val]
+        if len(steps) != self.train_steps:
+            return self.train_time
+        stages, times, total = len(self.batch_sizes or [0]), np.append(0.0, ends), 0.0
+        for i in range(stages):
+            count = int(np.sum((steps - 1) * stages // self.train_steps == i))
+            several = max(1, min(8, count // 10))  # a log's times are rounded to milliseconds
+            stage, times = times[: count + 1], times[count:]
+            if count:
+                total += count * float(np.median(stage[several:] - stage[:-several])) / several
+        return total
+
+    @property
     def val_curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps, times and losses of the validations."""
         return self.steps[self.is_val], self.times[self.is_val], self.losses[self.is_val]

@@ -11,7 +11,7 @@ from conftest import ROOT
 from record_logs import SOURCE, our_log, public_log, shard_lines, step_lines, write_logs
 
 from ablation import plot, read_ablation, render  # isort: skip  records/ is on the path from here on
-from logs import LogError  # isort: skip
+from logs import LogError, read_log  # isort: skip
 
 SCREENING = ROOT / "records" / "measurements" / "2026-11-21_Screening"
 # Two switches. A run with the one differs from a run with the other in both, and from one with
@@ -70,6 +70,22 @@ def test_seeds_share_a_row_with_mean_deviation_and_welchs_interval(tmp_path):
     # The standard error is sqrt(0.02), with 2 degrees of freedom; t(0.975, 2) = 4.302653.
     assert other[1:5] == ["2", "3.50000 ± 0.14142", "+0.4000 (95%: -0.2085 to +1.0085)",
                           "22.2 s (+10.0%)"]
+
+
+def test_a_time_is_that_of_steps_which_nothing_disturbed(tmp_path):
+    """Two stages, of 500 and of 1,000 ms a step, and five steps that took 3 s more."""
+    times = [0.5 * step if step <= 20 else 10 + step - 20 for step in range(41)]
+    hindered = [time + 3 * min(5, max(0, step - 30)) for step, time in enumerate(times)]
+    for seconds in (times, hindered):
+        lines = [f"step:{step}/40 train_time:{1000 * time:.0f}ms step_avg:1.00ms"
+                 for step, time in enumerate(seconds) if step]
+        lines.append(lines[-1].replace("train", "val_loss:3.10000 train"))
+        [path] = write_logs(tmp_path, our_log(lines=lines, batch_stages="65536,131072"))
+        [run] = read_log(path)
+        assert run.steady_time == pytest.approx(30)
+    assert run.train_time == 45
+    [path] = write_logs(tmp_path, our_log(lines=lines[-1:]))
+    assert read_log(path)[0].steady_time == 45
 
 
 def test_one_seed_on_a_side_has_a_difference_without_an_interval(tmp_path):
@@ -313,9 +329,9 @@ def test_the_screening_says_what_its_page_says():
     ablation = read_ablation([SCREENING])
     assert ablation.control.runs[0].name == "control.txt" and len(ablation.others) == 15
     assert "On **webmix, which is not FineWeb**; NVIDIA H200;" in render(ablation)
-    told = dict(re.findall(r"^\| \[\w+\]\((\w+\.txt)\) .*\| \**([+-]\d\.\d{3})\** \|",
+    told = dict(re.findall(r"^\| (\w+) \|.*\| \**([+-]\d\.\d{3})\** \|",
                            (SCREENING / "README.md").read_text(), re.MULTILINE))
     assert len(told) == 15
     for group in ablation.others:
         gap, test = ablation.loss_gap(group)
-        assert gap == pytest.approx(float(told[group.runs[0].name]), abs=6e-4) and test is None
+        assert gap == pytest.approx(float(told[group.runs[0].path.stem]), abs=6e-4) and test is None
