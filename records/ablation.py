@@ -6,7 +6,9 @@
 Runs whose hyper-parameters are equal, but for seeds, names and reports, share a row. The control
 is the one that --control names, else the one with a log called control*, else the one from which
 the others differ in the fewest hyper-parameters. A time is that of a run whose steps all take as
-long as the median of their stage, because many runs share a machine in an ablation. Exit status: 0 if there is a table, 1 if not.
+long as the median of their stage, because many runs share a machine in an ablation.
+
+Exit status: 0 if there is a table, 1 if not.
 """
 
 import argparse
