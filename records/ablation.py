@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import check
+import numpy as np
 from compare import differences, save_figure
 from logs import LogError, Run, read_logs
 from record import RECORDS
@@ -68,9 +69,29 @@ class Ablation(NamedTuple):
                          for name in self.control.differing(group))
 
     def loss_gap(self, group: Group) -> tuple[float, Welch | None]:
-        """How much higher the group's mean val_loss is; the test takes two seeds in both."""
-        return (fmean(group.losses) - fmean(self.control.losses),
-                welch(group.losses, self.control.losses))
+        """How much higher the group's mean val_loss is; the test takes three seeds in both."""
+        test = None
+        if min(len(group.runs), len(self.control.runs)) > 2:
+            test = welch(group.losses, self.control.losses)
+        return fmean(group.losses) - fmean(self.control.losses), test
+
+    def noise(self) -> float | None:
+        """Standard deviation of a val_loss, without what the runs of a seed have in common.
+
+        It is made from the rows with all of the control's seeds, of which there have to be two:
+        from medians, so that a row that does not train does not count. None if there are less than
+        four such rows.
+        """
+        seeds = sorted({run.seed or "" for run in self.control.runs})
+        rows = [[run.final_loss for run in sorted(group.runs, key=lambda run: run.seed or "")]
+                for group in (self.control, *self.others)
+                if sorted(run.seed or "" for run in group.runs) == seeds]
+        if len(seeds) < 2 or len(rows) < 4:
+            return None
+        rest = np.array(rows) - np.mean(rows, axis=1, keepdims=True)
+        rest -= np.median(rest, axis=0)
+        # 0.6745: the median of the size of a normal number.
+        return float(np.median(np.abs(rest)) / 0.6745 * math.sqrt(len(seeds) / (len(seeds) - 1)))
 
 
 def train_tokens(run: Run) -> int | None:
@@ -155,7 +176,8 @@ def headline(ablation: Ablation) -> str:
     """Data, machine, length and seeds of the runs, as one line."""
     groups = (ablation.control, *ablation.others)
     runs = [run for group in groups for run in group.runs]
-    first, scripts = runs[0], len({run.source for run in runs})
+    first, scripts, noise = runs[0], len({run.source for run in runs}), ablation.noise()
+    seeds = len(ablation.control.runs)
     facts = [
         f"On {describe_data(max(runs, key=lambda run: len(run.shards)))}",
         f"{first.world_size} x {first.hardware}".removeprefix("1 x "), f"torch {first.torch}",
@@ -163,6 +185,8 @@ def headline(ablation: Ablation) -> str:
         span([train_tokens(run) for run in runs], "training tokens"),
         f"val_loss on {first.number('val_tokens'):,} tokens",
         *["one seed each, so that small differences may be noise"] * (len(runs) == len(groups)),
+        *[f"rows of {seeds} seeds differ by ±{1.96 * (noise or 0) * math.sqrt(2 / seeds):.4f} by "
+          f"chance (95%)"] * (noise is not None),
         *[f"**the logs are of {scripts} different scripts**"] * (scripts > 1)]
     return check.cell("; ".join(facts)) + "."
 

@@ -62,14 +62,32 @@ def test_the_command_prints_a_row_for_the_control_and_each_change_what_costs_mos
 
 def test_seeds_share_a_row_with_mean_deviation_and_welchs_interval(tmp_path):
     paths = write_logs(
-        tmp_path, log(3.0, seed=1), log(3.2, seed=2, end="peak memory: 27400 MiB allocated"),
-        log(3.4, seed=1, step_time=0.6, **LOW_RATE), log(3.6, seed=2, step_time=0.5, **LOW_RATE))
+        tmp_path, log(3.0, seed=1), log(3.1, seed=2, end="peak memory: 27400 MiB allocated"),
+        log(3.2, seed=3), log(3.4, seed=1, step_time=0.65, **LOW_RATE), log(3.5, 2, **LOW_RATE),
+        log(3.6, seed=3, **LOW_RATE))
     control, other = table_of(render(read_ablation(paths, "log0")))
-    assert control == ["none: the control, log0.txt", "2", "3.10000 ± 0.14142", "", "20.2 s",
+    assert control == ["none: the control, log0.txt", "3", "3.10000 ± 0.10000", "", "20.2 s",
                        "778,646", "27,400"]
-    # The standard error is sqrt(0.02), with 2 degrees of freedom; t(0.975, 2) = 4.302653.
-    assert other[1:5] == ["2", "3.50000 ± 0.14142", "+0.4000 (95%: -0.2085 to +1.0085)",
+    # The standard error is sqrt(0.02 / 3), with 4 degrees of freedom; t(0.975, 4) = 2.776445.
+    assert other[1:5] == ["3", "3.50000 ± 0.10000", "+0.4000 (95%: +0.1733 to +0.6267)",
                           "22.2 s (+10.0%)"]
+
+
+def test_chance_is_judged_by_all_rows_without_what_a_seed_does_to_each_of_them(tmp_path):
+    """Seed 2 is 0.1 higher everywhere; on top of that the two seeds of a row differ by 2e or -2e.
+    """
+    e = 0.004
+    rows = [(3.0, e), (3.1, -e), (3.2, e), (3.3, -e), (9.0, 400 * e)]  # the last does not train
+    paths = write_logs(tmp_path, *(
+        log(loss + 0.1 * (seed - 1) + (2 * seed - 3) * extra, seed, matrix_lr=loss)
+        for loss, extra in rows for seed in (1, 2)))
+    ablation = read_ablation(paths, "log0")
+    noise = ablation.noise()
+    assert e / 2 < noise < 5 * e  # 400 e would be a hundred times as much
+    assert f"rows of 2 seeds differ by ±{1.96 * noise:.4f} by chance" in render(ablation)
+    assert "(95%:" not in "".join(cells[3] for cells in table_of(render(ablation)))
+    for few in (paths[:6], paths[::2]):  # three rows, and one seed
+        assert read_ablation(few, "log0").noise() is None
 
 
 def test_a_time_is_that_of_steps_which_nothing_disturbed(tmp_path):
@@ -253,8 +271,9 @@ def test_the_plot_has_a_bar_for_each_change_with_its_interval(tmp_path, monkeypa
     save = figures.Figure.savefig
     monkeypatch.setattr(figures.Figure, "savefig",
                         lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw)))
-    paths = write_logs(tmp_path, log(3.0, seed=1), log(3.2, seed=2), log(2.9, **NO_SWITCH),
-                       log(3.4, seed=1, **LOW_RATE), log(3.6, seed=2, **LOW_RATE))
+    paths = write_logs(tmp_path, *(log(3.0 + seed / 10, seed) for seed in (0, 1, 2)),
+                       log(2.9, **NO_SWITCH),
+                       *(log(3.4 + seed / 10, seed, **LOW_RATE) for seed in (0, 1, 2)))
     plot(tmp_path / "it.png", read_ablation(paths, "log0"))
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
     [axis] = drawn[0].axes
@@ -265,7 +284,7 @@ def test_the_plot_has_a_bar_for_each_change_with_its_interval(tmp_path, monkeypa
     assert axis.yaxis_inverted()
     [lines] = errors.lines[2]
     [first, *second] = lines.get_segments()
-    assert first[:, 0] == pytest.approx([-0.2085, 1.0085], abs=1e-4)
+    assert first[:, 0] == pytest.approx([0.1733, 0.6267], abs=1e-4)
     assert not any(len(segment) and segment[0, 0] == segment[0, 0] for segment in second)
 
 
