@@ -95,10 +95,11 @@ for_all() { # for_all SCRIPT OPTIONS...: told of how many processes there will b
     WORLD_SIZE=$((nproc * ${nodes%%:*})) "$python" "$@"
 }
 if [ "$command" = check ]; then for_all data/check.py "$@"; exit; fi
-if [ "$track" != sample ] && [ -z "$(value_of data_path "$@")" ]; then
+resume=$(value_of resume "$@") # has its data, and keeps its micro-batches
+if [ "$track" != sample ] && [ -z "$resume$(value_of data_path "$@")" ]; then
     for_all data/cached_fineweb10B.py "$@"
 fi
-if [ "$gpus" -gt 0 ]; then
+if [ "$gpus" -gt 0 ] && [ -z "$resume" ]; then
     advice=$(for_all data/check.py --advise "$@")
     # shellcheck disable=SC2086
     if [ -n "$advice" ]; then echo "to fit the GPU's memory: $advice"; set -- $advice "$@"; fi

@@ -11,16 +11,19 @@ data, model, optimizers, schedules, evaluation, logging, main.
 """
 
 import argparse
+import base64
 import copy
 import dataclasses
 import difflib
 import hashlib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,11 +33,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -133,10 +138,17 @@ class Hyperparameters:
     triton_kernels: bool = False  # a Triton kernel for the loss of capped logits
     compile: bool = True  # torch.compile
     kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts
+    # Stopping, and going on
+    save_every: int = 0  # steps between checkpoints, and one at the end; -1: that one; 0: none
+    save_on_exit: bool = False  # save a checkpoint on SIGTERM and Ctrl-C, then stop
+    resume: str = ""  # a run_id, or latest: go on from its last checkpoint, with its settings
+    resume_anyway: bool = False  # even if settings, source or data are others now
+    stop_at_target: bool = False  # end at the first validation at or under the target; no record
     # Reports
     val_loss_every: int = 125  # steps between validations; 0: only at the end
     log_every: int = 10  # steps between lines on a console that is no terminal
     log_dir: str = "logs"  # folder of the logs
+    sample_every: int = 0  # steps between texts that the model writes; -1: one at the end; 0: none
     log_wandb: bool = False  # report to Weights & Biases too
     wandb_project: str = "gpt2-speedrun"  # its project
     wandb_name: str = ""  # its run name; empty: run_id
@@ -325,6 +337,11 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
         parser.error(f"unknown option {' '.join(unknown)}{hint}")
 
     overrides = vars(given)
+    if "resume" in overrides:
+        args = resumed_hyperparameters(overrides, parser)
+        if problem := find_problem(args):
+            parser.error(problem)
+        return args
     default_track = "single-gpu" if torch.cuda.is_available() else "sample"
     track = overrides.get("track", default_track)
     recipe = overrides.get("recipe") or default_recipe(track)
@@ -335,6 +352,19 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
     if problem := find_problem(args):
         parser.error(problem)
     return args
+
+
+def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) -> Hyperparameters:
+    """Those of the newest checkpoint that can be read, but for the overrides."""
+    log_dir = overrides.get("log_dir", Hyperparameters.log_dir)
+    problems = []
+    for folder in checkpoint_folders(overrides["resume"], log_dir):
+        try:
+            saved = saved_hyperparameters(read_state(folder))
+            return Hyperparameters(**saved | dict(log_dir=log_dir) | overrides)
+        except RunError as error:
+            problems.append(str(error))
+    parser.error("; ".join(problems) or no_checkpoint(overrides["resume"], log_dir))
 
 
 def default_recipe(track: str) -> str:
@@ -609,6 +639,19 @@ def count_steps(shards: list["ShardInfo"], args: Hyperparameters) -> int:
     return steps
 
 
+def skip_shards(
+    shards: list["ShardInfo"], first_step: int, args: Hyperparameters
+) -> tuple[list["ShardInfo"], int]:
+    """The shards from the one that `first_step` reads, and the step that this one begins with."""
+    step = 0
+    for i, shard in enumerate(shards):
+        steps = len(rows_of_steps(shard.num_rows, step, args))
+        if step + steps > first_step:
+            return shards[i:], step
+        step += steps
+    return [], step
+
+
 def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> list[ShardInfo]:
     """Inspect shards in order, several at a time, until they hold the whole run (or all are seen).
 
@@ -669,14 +712,16 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
 
 
 def train_batches(
-    paths: list[Path], args: Hyperparameters, ranks: Ranks
+    paths: list[Path], args: Hyperparameters, ranks: Ranks, step: int = 0, first_step: int = 0
 ) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches of each step, in order, while the shards last.
+    """This rank's micro-batches of each step from `first_step` on, while the shards last.
+
+    The first shard begins with `step`.
 
     A step is consecutive rows of one shard; the ranks share them out, and the micro-batches share
     out a rank's. The next shard is read while this one is in use.
     """
-    pin, step = ranks.device.type == "cuda", 0
+    pin = ranks.device.type == "cuda"
     rows_per_micro_batch = args.device_batch_size // args.row_length
     with ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(TokenRows, paths[0], args, True)
@@ -687,7 +732,8 @@ def train_batches(
             for rows in rows_of_steps(shard.num_rows, step, args):
                 share = len(rows) // ranks.world_size
                 mine = rows[ranks.rank * share : (ranks.rank + 1) * share : rows_per_micro_batch]
-                yield [shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine]
+                if step >= first_step:
+                    yield [shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine]
                 step += 1
 
 
@@ -1002,24 +1048,72 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angle_TK.sin().float()[:, None], persistent=False)
         self.register_buffer("still", (frequency == 0).repeat(2), persistent=False)  # (K,)
 
-    def forward(self, x_BTHK: Tensor) -> Tensor:
+    def forward(self, x_BTHK: Tensor, position=None) -> Tensor:
+        """Rotate by places in the row, or all by one `position`, (1,) int64."""
         x, T = x_BTHK.float(), x_BTHK.size(1)
+        cos, sin = (table[:T] if position is None else table[position]
+                    for table in (self.cos, self.sin))
         # A roll swaps the halves. To compute halves and join them takes half as long again.
-        rotated = x * self.cos[:T] + x.roll(x.size(-1) // 2, dims=-1) * self.sin[:T]
+        rotated = x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
         return rotated.type_as(x_BTHK)
 
 
-def shift(x_BTX: Tensor, is_first_BT: Tensor) -> Tensor:
-    """What stands one token earlier in the sequence; at a sequence's first token, itself."""
+def shift(x_BTX: Tensor, is_first_BT: Tensor, before_BTX: Tensor | None = None) -> Tensor:
+    """What stands one token earlier in the sequence; at a sequence's first token, itself.
+
+    A row of one token that is no sequence's first is told what stands `before` it.
+    """
+    if before_BTX is not None:
+        return before_BTX
     is_first = is_first_BT.view(*is_first_BT.shape, *[1] * (x_BTX.ndim - 2))
     return torch.where(is_first, x_BTX, x_BTX.roll(1, dims=1))  # a row begins with a first token
 
 
+class Memory:
+    """What generation keeps of the tokens so far: of `inputs`, and of each layer's keys and values.
+
+    All have room for `length` tokens in each of `rows` rows, and the tokens so far are counted on
+    the device, so that the work for one more token is always the same, and can be replayed.
+    """
+
+    def __init__(self, rows: int, length: int, device: torch.device):
+        self.rows, self.length = rows, length
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next token
+        self.places = torch.arange(length, device=device)
+        self.kept: dict[tuple, Tensor] = {}
+        self.is_prompt = True  # what comes next is the prompt, and then token after token
+
+    def keep(self, key: tuple, x_BTX: Tensor) -> Tensor:
+        """Add these to what is kept under the key; returns all of it, (B, length, ...)."""
+        if self.is_prompt:
+            self.kept[key] = x_BTX.new_zeros(self.rows, self.length, *x_BTX.shape[2:])
+            self.kept[key][:, : x_BTX.size(1)] = x_BTX
+        else:
+            self.kept[key].index_copy_(1, self.position, x_BTX)
+        return self.kept[key]
+
+    def before(self, key: tuple, x_BTX: Tensor) -> Tensor | None:
+        """Keep these too, and return those of the token before; None within the prompt."""
+        everything = self.keep(key, x_BTX)
+        return None if self.is_prompt else everything.index_select(1, self.position - 1)
+
+    def attend(self, layer: int, attention: Callable, q_BTHK, k_BTHK, v_BTHK, batch, window: int,
+               scale: float) -> Tensor:
+        """Attention within the prompt, or of one token to those so far."""
+        k, v = self.keep((layer, "k"), k_BTHK), self.keep((layer, "v"), v_BTHK)
+        if self.is_prompt:
+            return attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale)
+        distance = self.position - self.places
+        mask = ((distance >= 0) & (distance <= (window or self.length)))[None]
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(
-        self, args: Hyperparameters, attention: Callable, has_value_embedding: bool, is_long: bool
-    ):
+    def __init__(self, args: Hyperparameters, attention: Callable, layer: int, is_long: bool,
+                 has_value_embedding: bool):
         super().__init__()
+        self.layer = layer
         self.key_offset, self.fp8 = args.key_offset and is_long, args.fp8_blocks
         self.num_heads, self.qk_norm, self.eps = args.num_heads, args.qk_norm, args.norm_eps
         self.scale = args.attention_scale or args.head_dim**-0.5
@@ -1032,20 +1126,27 @@ class CausalSelfAttention(nn.Module):
         if args.attention_gate:  # a few dimensions suffice to decide
             self.gate = nn.Parameter(torch.empty(args.num_heads, min(12, args.model_dim)))
 
-    def forward(self, x_BTD, rotary, batch, window, value_embedding_BTD, is_first_BT) -> Tensor:
+    def forward(
+        self, x_BTD, rotary, batch, window, value_embedding_BTD, is_first_BT, memory=None
+    ) -> Tensor:
         B, T, D = x_BTD.shape
         qkv = linear(x_BTD, self.qkv.flatten(0, 1), D**0.5 if self.fp8 else None)
         q, k, v = qkv.view(B, T, 3, self.num_heads, -1).unbind(2)
         if self.qk_norm:  # Dehghani et al. 2023
             q, k = norm(q, self.eps), norm(k, self.eps)
-        q, k = rotary(q), rotary(k)
+        attention, position = self.attention, None
+        if memory is not None:
+            attention = partial(memory.attend, self.layer, attention)
+            position = None if memory.is_prompt else memory.position
+        q, k = rotary(q, position), rotary(k, position)
         if self.key_offset:
             # So that one layer finds what followed an earlier copy of this token (@classiclarryd).
-            k = torch.where(rotary.still, shift(k, is_first_BT), k)
+            before = memory and memory.before((self.layer, "key before"), k)
+            k = torch.where(rotary.still, shift(k, is_first_BT, before), k)
         if value_embedding_BTD is not None:  # Zhou et al. 2024, and @KoszarskyB's speedrun record
             lambdas = self.value_lambdas
             v = lambdas[0] * v + lambdas[1] * value_embedding_BTD.view_as(v)
-        y = self.attention(q, k, v, batch, window, self.scale)
+        y = attention(q, k, v, batch, window, self.scale)
         if self.gate is not None:  # lets a head keep silent (@classiclarryd)
             some = x_BTD[..., : self.gate.size(1)].float()
             gate_BTH = 2 * torch.sigmoid(F.linear(some, self.gate))
@@ -1079,25 +1180,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(
-        self, args: Hyperparameters, attention: Callable, has_value_embedding: bool, is_long: bool
-    ):
+    def __init__(self, args: Hyperparameters, attention: Callable, layer: int, is_long: bool,
+                 has_value_embedding: bool):
         super().__init__()
         self.is_long = is_long
-        self.attn = CausalSelfAttention(args, attention, has_value_embedding, is_long)
+        self.attn = CausalSelfAttention(args, attention, layer, is_long, has_value_embedding)
         self.mlp = MLP(args)
         self.attn_scale, self.eps = args.attention_output_scale, args.norm_eps
         self.dtype = getattr(torch, args.dtype)
         self.residual_lambdas = nn.Parameter(torch.empty(2)) if args.embed_shortcut else None
 
     def forward(
-        self, x_BTD, x0_BTD, rotary, batch, windows, value_embedding_BTD, is_first_BT
+        self, x_BTD, x0_BTD, rotary, batch, windows, value_embedding_BTD, is_first_BT, memory=None
     ) -> Tensor:
         x, window = x_BTD, windows[1] if self.is_long else windows[0]
         if self.residual_lambdas is not None:
             x = self.residual_lambdas[0] * x + self.residual_lambdas[1] * x0_BTD
         y = norm(x, self.eps).to(self.dtype)
-        y = self.attn(y, rotary, batch, window, value_embedding_BTD, is_first_BT)
+        y = self.attn(y, rotary, batch, window, value_embedding_BTD, is_first_BT, memory)
         x = x + self.attn_scale * y.type_as(x)
         return x + self.mlp(norm(x, self.eps).to(self.dtype)).type_as(x)
 
@@ -1125,7 +1225,7 @@ class GPT(nn.Module):
         # Table i serves layer i and the i-th of the last n layers.
         self.value_table = {i: i for i in range(n)} | {L - n + i: i for i in range(n)}
         self.blocks = nn.ModuleList(
-            Block(args, attention, i in self.value_table, is_long=i % 4 == 3 or i == L - 1)
+            Block(args, attention, i, i % 4 == 3 or i == L - 1, i in self.value_table)
             for i in range(L)
         )
         self.rotary = Rotary(args)
@@ -1180,19 +1280,42 @@ class GPT(nn.Module):
         `ahead_K`: what the next K tokens weigh in the gradient, float32, by default (1,); the sum
         is of the next token alone in any case.
         """
+        x_BTD = self.hidden(batch, windows)
+        ahead_K = x_BTD.new_ones(1, dtype=torch.float32) if ahead_K is None else ahead_K
+        targets_NK = next_tokens(batch.targets_BT, len(ahead_K))
+        return linear_cross_entropy(x_BTD.flatten(0, 1), self.head_weight, targets_NK, ahead_K,
+                                    self.logit_bias, self.args)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Logits of the next token, (N, V), float32, for what `hidden` returns."""
+        weight = pad_vocabulary(self.head_weight.to(x_ND.dtype))
+        return final_logits(x_ND, weight, self.args.vocab_size, self.logit_bias,
+                            self.args.logit_softcap)
+
+    def hidden(self, batch: MicroBatch, windows: tuple[int, int], memory=None) -> Tensor:
+        """What the head is multiplied with, (B, T, D), RMS-normalised, in `dtype`.
+
+        With a `memory`, a call is given a prompt, which is one sequence, or the token after those
+        so far.
+        """
         args = self.args
         inputs_BT = batch.inputs_BT
         x = self.embed(inputs_BT).to(self.residual_dtype)
         if args.norm_embed:
             x = norm(x, args.norm_eps)
         x0, skips, mixed, is_first = x, [], [x], None
-        if args.key_offset or args.bigram_rows:
+        if (args.key_offset or args.bigram_rows) and (memory is None or memory.is_prompt):
             is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
             is_first[batch.cu_seqlens.long()] = True
             is_first = is_first[:-1].view_as(inputs_BT)
         if self.bigram_embed is not None:  # record 62 of the modded-nanogpt speedrun
             token = inputs_BT.long()
-            pair = 36_313 * token ^ 27_191 * shift(token, is_first)
+            before = memory and memory.before(("token before",), token)
+            pair = 36_313 * token ^ 27_191 * shift(token, is_first, before)
             x0 = x + self.bigram_embed(pair % args.bigram_rows).to(self.residual_dtype)
             if not args.embed_shortcut:
                 x = x0
@@ -1201,7 +1324,7 @@ class GPT(nn.Module):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
             value_embedding = value_tables[self.value_table[i]] if i in self.value_table else None
-            x = block(x, x0, self.rotary, batch, windows, value_embedding, is_first)
+            x = block(x, x0, self.rotary, batch, windows, value_embedding, is_first, memory)
             if self.skip_lambdas is not None and i < args.num_layers // 2:
                 skips.append(x)
             if i in self.mixed:
@@ -1210,12 +1333,7 @@ class GPT(nn.Module):
             hidden = F.gelu(linear(norm(x, args.norm_eps).to(self.dtype), self.mixing_up))
             shares = linear(hidden, self.mixing_down).type_as(x).split(1, dim=-1)
             x = x + sum(share * output for share, output in zip(shares, mixed, strict=True))
-        x = norm(x, args.norm_eps).to(self.dtype)
-        head = self.embed.weight if self.head is None else self.head
-        ahead_K = x.new_ones(1, dtype=torch.float32) if ahead_K is None else ahead_K
-        targets_NK = next_tokens(batch.targets_BT, len(ahead_K))
-        return linear_cross_entropy(
-            x.flatten(0, 1), head, targets_NK, ahead_K, self.logit_bias, args)
+        return norm(x, args.norm_eps).to(self.dtype)
 
 
 def next_tokens(targets_BT: Tensor, count: int) -> Tensor:
@@ -1240,10 +1358,17 @@ def linear_cross_entropy(
     weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     for x, targets in split(args.loss_chunk_size, x_ND, targets_NK[:, :1]):
-        logits = capped(product(x, weight, x.dtype)[:, : len(weight_VD)], args.logit_softcap)
-        logits = logits if offsets_V is None else logits + offsets_V
+        logits = final_logits(x, weight, len(weight_VD), offsets_V, args.logit_softcap)
         total = total + (log_total(logits, args.logit_softcap) - pick(logits, targets)).sum()
     return total
+
+
+def final_logits(
+    x_ND, padded_WD, vocab_size: int, offsets_V: Tensor | None, softcap: float
+) -> Tensor:
+    """Logits of the vocabulary, (N, V), float32, capped, and with the offsets if there are any."""
+    logits = capped(product(x_ND, padded_WD, x_ND.dtype)[:, :vocab_size], softcap)
+    return logits if offsets_V is None else logits + offsets_V
 
 
 def sample_vocabulary(targets_CNK, log_weights_V, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1459,6 +1584,30 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         raise NotImplementedError
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The states of all ranks put together, by group and name. All ranks have to call it."""
+        whole = {}
+        for i, (group, flat) in enumerate(zip(self.param_groups, self.flats, strict=True)):
+            units = sum(p.numel() for p in group["params"]) // flat[0].numel()  # without padding
+            for name, value in self.state[group["params"][0]].items():
+                if isinstance(value, Tensor):
+                    shares = value.new_empty(self.world_size * len(value), *value.shape[1:])
+                    all_gather(shares, value, self.world_size)()
+                    value = (value if self.world_size == 1 else shares)[:units]
+                whole[f"{type(self).__name__}.{i}.{name}"] = torch.as_tensor(value)
+        return whole
+
+    def load_whole_state(self, whole: dict[str, Tensor]) -> None:
+        """Take this rank's share of what `whole_state` returned, on any number of ranks."""
+        for key, value in whole.items():
+            kind, i, name = key.split(".")
+            if kind == type(self).__name__:
+                group, flat = self.param_groups[int(i)], self.flats[int(i)]
+                if value.ndim:
+                    flat_value = self.flatten([value], group["unit_ndim"])
+                    value = self.share(flat_value).to(flat.device, copy=True)
+                self.state[group["params"][0]][name] = value if value.ndim else value.item()
 
 
 def reduce_scatter(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], None]:
@@ -1704,6 +1853,128 @@ def evaluate(
 
 
 # -----------------------------------------------------------------------------
+# Generation
+
+
+def generate(
+    model: GPT, windows: tuple[int, int], prompt: list[int], count: int, temperature: float = 1.0,
+    top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+) -> Iterator[int]:
+    """At most `count` tokens that follow the prompt; one that would start a document is the last.
+
+    The prompt has one token at least, and begins with DOCUMENT_START, as documents do.
+
+    They are drawn from exp(logits / temperature), only from the `top_k` likeliest tokens if it is
+    not 0, and from the fewest that have `top_p` of the probability (Holtzman et al. 2020); with a
+    temperature of 0 it is the likeliest. RunError if the model cannot look that far.
+    """
+    device, length = model.head_weight.device, len(prompt) + count
+    if length > len(model.rotary.cos):
+        raise RunError(f"{len(prompt)} tokens and {count} more are too many: the model was trained "
+                       f"on rows of {len(model.rotary.cos)} tokens; ask for fewer")
+    generator = torch.Generator(device).manual_seed(seed)
+    memory = Memory(1, length, device)
+    logits = next_logits(model, windows, torch.tensor([prompt], device=device).int(), memory)
+    memory.position += len(prompt)
+    memory.is_prompt = False
+    token = torch.zeros(1, 1, dtype=torch.int32, device=device)
+
+    def one_more() -> Tensor:
+        logits = next_logits(model, windows, token, memory)
+        memory.position += 1
+        return logits
+
+    for i in range(count):
+        if i == 1:
+            one_more = replayed(one_more, memory)
+        if i:
+            logits = one_more()
+        choice = choose_token(logits, temperature, top_k, top_p, generator)
+        token.copy_(choice)
+        yield choice.item()
+        if choice.item() == DOCUMENT_START:
+            return
+
+
+@torch.no_grad()
+def next_logits(model: GPT, windows: tuple[int, int], inputs_1T: Tensor, memory: Memory) -> Tensor:
+    """Logits, (V,), float32, of the token after these; `memory` holds those before them."""
+    T, ends = inputs_1T.size(1), None
+    if memory.is_prompt:
+        ends = torch.tensor([0, T], dtype=torch.int32, device=inputs_1T.device)
+    batch = MicroBatch(inputs_1T, inputs_1T, ends, T, whole_rows=False)
+    return model.logits(model.hidden(batch, windows, memory)[:, -1])[0]
+
+
+def replayed(function: Callable[[], Tensor], memory: Memory) -> Callable[[], Tensor]:
+    """The same function; on a GPU as a CUDA graph, which takes a fraction of the time to launch."""
+    if not memory.position.is_cuda:
+        return function
+    start, stream = memory.position.clone(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is used for the first time cannot be recorded
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    memory.position.copy_(start)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, as that which makes the batches, may go on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def choose_token(logits_V, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
+    """A token, (), int64, drawn as `generate` says."""
+    if temperature == 0:
+        return logits_V.argmax()
+    logits, tokens = (logits_V / temperature).sort(descending=True, stable=True)
+    chances = logits.softmax(-1)
+    left_out = chances.cumsum(-1) - chances >= top_p
+    left_out[top_k or len(left_out) :] = True
+    left_out[0] = False
+    chances[left_out] = 0
+    return tokens[torch.multinomial(chances, 1, generator=generator)[0]]
+
+
+@contextmanager
+def sixteen_bits(model: GPT) -> Iterator[None]:
+    """Within it the blocks do without 8-bit floats, whose products want multiples of 16 tokens."""
+    changed = [(module, name) for module in model.modules() for name in ("fp8", "fp8_gradients")
+               if getattr(module, name, False)]
+    for module, name in changed:
+        setattr(module, name, False)
+    try:
+        yield
+    finally:
+        for module, name in changed:
+            setattr(module, name, True)
+
+
+def write_sample(model: GPT, windows: tuple[int, int], encoding, seed: int) -> str:
+    """A text of 100 tokens, if rows are so long, that the model begins by itself."""
+    with sixteen_bits(model):
+        count = min(100, len(model.rotary.cos) - 1)
+        tokens = list(generate(model, windows, [DOCUMENT_START], count, 0.8, seed=seed))
+    return encoding.decode([token for token in tokens if token < encoding.n_vocab])
+
+
+def load_encoding():
+    """tiktoken's GPT-2 encoding; RunError if it cannot be had."""
+    try:
+        import tiktoken
+
+        return tiktoken.get_encoding("gpt2")
+    except (ImportError, OSError) as error:
+        raise RunError(f"--sample_every needs GPT-2's vocabulary, but tiktoken cannot load it "
+                       f"({error}); check the connection, or leave the option out") from None
+
+
+# -----------------------------------------------------------------------------
 # Logging
 
 
@@ -1717,17 +1988,20 @@ class Log:
     def __init__(self):
         self.path, self.pending, self.print = None, [], print
 
-    def create(self, path: Path) -> None:
-        """RunError if the file is there already, or cannot be written."""
+    def create(self, path: Path, go_on: bool = False) -> bool:
+        """Whether the file is new. RunError if it cannot be written, or is there and not to go on.
+        """
+        is_new = not (go_on and path.is_file())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("x").close()
+            path.open("x" if is_new else "a").close()
         except OSError as error:
-            if path.is_file():
+            if path.is_file() and is_new:
                 raise RunError(f"{path} exists already; choose another --run_id") from None
             raise RunError(f"cannot write the log {path}: {error.strerror}; free some space, or "
                            f"choose another --log_dir") from None
         self.path = path
+        return is_new
 
     def __call__(self, text: str, console: bool = False) -> None:
         if self.path is None:
@@ -1814,8 +2088,7 @@ def log_header(
     for name, value in dataclasses.asdict(args).items():
         log(f"hyperparameter {name}: {value}")
     parameters = sum(p.numel() for p in model.parameters())
-    head = model.embed.weight if model.head is None else model.head
-    active = model.matrix_weights + head.numel()
+    active = model.matrix_weights + model.head_weight.numel()
     log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
     for batch_size in args.stage_batch_sizes:
         micro_batches = batch_size // args.device_batch_size // ranks.world_size
@@ -1839,11 +2112,24 @@ class Progress:
         self.clock, self.wandb = clock, wandb
         self.train_losses: list[float] = []
         self.val_losses: list[tuple[int, float]] = []
-        self.unread, self.reached, self.tokens = None, None, 0
+        self.unread, self.reached, self.ended_early = None, None, False
+        self.tokens, self.stop_votes = 0, 0.0
         self.bar = None
         if ranks.rank == 0 and sys.stdout.isatty():
             self.bar = tqdm(total=args.train_steps, unit="step", dynamic_ncols=True)
             log.print = self.bar.write
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of it."""
+        return dict(train_losses=self.train_losses[:], val_losses=self.val_losses[:],
+                    reached=self.reached)
+
+    def load_state(self, state: dict) -> None:
+        self.train_losses, self.reached = state["train_losses"], state["reached"]
+        self.val_losses = [tuple(pair) for pair in state["val_losses"]]
+        self.tokens = sum(map(self.args.batch_size_at, range(len(self.train_losses))))
+        if self.bar is not None:
+            self.bar.update(len(self.train_losses))
 
     def measure(self, step: int, seconds: float, val_loss: float | None = None) -> str:
         """The part of a log line that other tools read."""
@@ -1851,19 +2137,19 @@ class Progress:
         return (f"step:{step}/{self.args.train_steps}{loss} train_time:{1000 * seconds:.0f}ms "
                 f"step_avg:{1000 * seconds / max(1, step):.2f}ms")
 
-    def queued(self, loss: Tensor) -> None:
-        """One more step was queued; `loss` (scalar) is what it will find."""
-        loss_and_stamp = copy_to_cpu(loss), self.clock.stamp()
+    def queued(self, result: Tensor) -> None:
+        """One more step was queued; `result` is what it will find: its loss, and votes to stop."""
+        result_and_stamp = copy_to_cpu(result), self.clock.stamp()
         self.finish_step()
-        self.unread = loss_and_stamp
+        self.unread = result_and_stamp
 
     def finish_step(self) -> None:
         """Wait for the step that was queued, and report it. RunError if its loss is no number."""
         if self.unread is None:
             return
-        (loss, stamp), self.unread = self.unread, None
+        (result, stamp), self.unread = self.unread, None
         seconds = self.clock.at(stamp)
-        loss = loss.item()
+        loss, self.stop_votes = result.tolist()
         step = len(self.train_losses) + 1
         self.check_finite("train loss", loss, step)
         self.train_losses.append(loss)
@@ -1879,6 +2165,9 @@ class Progress:
             left = seconds / step * (self.args.train_steps - step)
             print(f"step {step}/{self.args.train_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
                   f"{left:.0f} s left", flush=True)
+
+    def has_validated(self, step: int) -> bool:
+        return bool(self.val_losses) and self.val_losses[-1][0] == step
 
     def validated(self, step: int, val_loss: float) -> None:
         self.check_finite("val_loss", val_loss, step)
@@ -1920,7 +2209,11 @@ class Progress:
         else:
             verdict = (f"target {args.target} of track {args.track} not reached: "
                        f"{self.outcome(*self.val_losses[-1])}")
-        if reasons := reasons_not_a_record(args, self.ranks.world_size):
+        reasons = reasons_not_a_record(args, self.ranks.world_size)
+        if self.ended_early:
+            reasons.append("stopped early")
+            self.log("not a record: stopped early")
+        if reasons:
             verdict += f"; not a record: {'; '.join(reasons)}"
         self.log(verdict, console=True)
         if self.log.path:
@@ -1962,6 +2255,292 @@ def start_wandb(args: Hyperparameters, run_id: str):
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     return wandb.init(project=args.wandb_project, name=args.wandb_name or run_id, mode=mode,
                       config=dataclasses.asdict(args))
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints: logs/<run_id>/step_001000/ with model.safetensors, optimizer.safetensors, state.json
+
+CHECKPOINT_FORMAT = "gpt2-speedrun checkpoint, version 1"
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+KEPT_CHECKPOINTS = 2  # the last two, in case that the last is damaged
+# Hyper-parameters that a resumed run may have otherwise: they change nothing in the training. Data
+# are known by their hashes.
+FREE_TO_DIFFER = {
+    "run_id", "data_path", "save_every", "save_on_exit", "resume", "resume_anyway",
+    "stop_at_target", "val_loss_every", "sample_every", "log_every", "log_dir", "log_wandb",
+    "wandb_project", "wandb_name", "kernel_warmup",
+}
+
+
+def checkpoint_folders(run: str, log_dir: str = "logs") -> list[Path]:
+    """Folders of checkpoints, newest first: of a run_id, of the `latest` run, or at a path."""
+    at_path = Path(run)
+    if (at_path / STATE_FILE).is_file():
+        return [at_path]
+    runs = Path(log_dir).glob("*/") if run == "latest" else [at_path, Path(log_dir) / run]
+    found = [by_age(folder)[::-1] for folder in runs]
+    return max(filter(None, found), key=lambda folders: folders[0].stat().st_mtime_ns, default=[])
+
+
+def by_age(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest last: after a return to an older one it has a lower step."""
+    return sorted(folder.glob("step_*/"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def read_state(folder: Path) -> dict:
+    """What the checkpoint says of itself. RunError if it is not one of ours, or damaged."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / STATE_FILE} cannot be read: {error}") from None
+    is_ours = isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT
+    if not is_ours or not {"step", "files", "hyperparameters"} <= state.keys():
+        raise RunError(f"{folder} is not a checkpoint of this script: its {STATE_FILE} should say "
+                       f"{CHECKPOINT_FORMAT!r}")
+    return state
+
+
+def read_tensors(folder: Path, name: str, state: dict) -> dict[str, Tensor]:
+    """Tensors of a file of the checkpoint, which can hold no code. RunError if it is damaged."""
+    path, expected = folder / name, state["files"].get(name)
+    if expected is None or not path.is_file():
+        raise RunError(f"{path} is missing")
+    if (found := path.stat().st_size) != expected["bytes"]:
+        raise RunError(f"{path} has {found:,} bytes instead of {expected['bytes']:,}")
+    if hash_file(path) != expected["sha256"]:
+        raise RunError(f"{path} is damaged: its SHA-256 is not the one in {STATE_FILE}")
+    return safetensors.torch.load_file(path)
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checkpoint(NamedTuple):
+    folder: Path
+    state: dict
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    notes: list[str]  # what is wrong with newer ones
+
+
+def open_checkpoint(run: str, log_dir: str = "logs", model_only: bool = False) -> Checkpoint:
+    """The newest whole checkpoint of a run. RunError, which says why, if there is none."""
+    notes = []
+    for folder in checkpoint_folders(run, log_dir):
+        try:
+            state = read_state(folder)
+            model = read_tensors(folder, MODEL_FILE, state)
+            optimizer = {} if model_only else read_tensors(folder, OPTIMIZER_FILE, state)
+            return Checkpoint(folder, state, model, optimizer, notes)
+        except RunError as error:
+            notes.append(f"left out a checkpoint: {error}")
+    raise RunError(f"{'; '.join(notes)}; no whole checkpoint is left" if notes
+                   else no_checkpoint(run, log_dir))
+
+
+def no_checkpoint(run: str, log_dir: str) -> str:
+    known = sorted({folder.parent.name for folder in Path(log_dir).glob("*/step_*/")})
+    there = f"there are some of: {', '.join(known)}" if known else "a run writes them with " \
+        "--save_every STEPS"
+    return f"there is no checkpoint of {run!r} in {log_dir}; {there}"
+
+
+def saved_hyperparameters(state: dict) -> dict:
+    """Those that this script still has, by name."""
+    names = {field.name for field in dataclasses.fields(Hyperparameters)}
+    return {name: value for name, value in state["hyperparameters"].items() if name in names}
+
+
+def load_run(
+    run: str, device: torch.device, log_dir: str = "logs"
+) -> tuple[GPT, tuple[int, int], dict]:
+    """The model of a run, its attention windows, and the state of the checkpoint.
+
+    `run` is a run_id, `latest`, or the path of a checkpoint or of an exported model. The model does
+    without 8-bit floats and kernels of ours, so that batches of any size fit, and on a CPU it has
+    32 bits. RunError if there is no whole checkpoint.
+    """
+    folder, state, weights, _, notes = open_checkpoint(run, log_dir, model_only=True)
+    for note in notes:
+        print(note, file=sys.stderr)
+    settings = saved_hyperparameters(state) | dict(
+        attention="auto", fp8_head=False, fp8_blocks=False, fp8_gradients=False,
+        triton_kernels=False)
+    if device.type == "cpu":
+        settings |= dict(dtype="float32", residual_dtype="float32")
+    args = Hyperparameters(**settings)
+    _, attention = choose_attention(args, device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        model = GPT(args, attention).requires_grad_(False)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"{folder} does not fit this script's model: {error}") from None
+    return model, attention_windows(state["step"], args), state
+
+
+def run_facts(args: Hyperparameters, shards: list[ShardInfo]) -> dict:
+    """What has to be the same when a run goes on."""
+    return dict(
+        format=CHECKPOINT_FORMAT, hyperparameters=dataclasses.asdict(args),
+        source=hashlib.sha256(read_source(args).encode()).hexdigest(),
+        data=[[shard.path.name, shard.num_bytes, shard.sha256] for shard in shards])
+
+
+def check_same_run(state: dict, facts: dict, args: Hyperparameters) -> list[str]:
+    """What differs from the run that saved the state. RunError if `resume_anyway` is not set."""
+    then, now = state["hyperparameters"], facts["hyperparameters"]
+    found = [f"{name} is {now[name]} instead of {then.get(name, 'absent')}" for name in now
+             if name not in FREE_TO_DIFFER and now[name] != then.get(name)]
+    found += ["the source is another one"] * (state.get("source") != facts["source"])
+    found += ["the data are other shards"] * (state.get("data") != facts["data"])
+    if found and not args.resume_anyway:
+        raise CollectiveError(f"this would not be the run that was saved: {'; '.join(found)}; go "
+                              f"on all the same with --resume_anyway")
+    return [f"resumed, although {difference}" for difference in found]
+
+
+def save_checkpoint(
+    checkpoints: "Checkpoints", facts: dict, step: int, model: GPT,
+    optimizers: list[ShardedOptimizer], progress: Progress, ranks: Ranks,
+) -> None:
+    """Begin to write a checkpoint. All ranks have to call it; the clock has to stand still."""
+    total = torch.stack([p.detach().sum() for p in model.parameters()]).sum().item()
+    progress.check_finite("the sum of all weights", total, step)
+    optimizer = {}
+    for part in optimizers:
+        optimizer |= part.whole_state()
+    rng = [{"cpu": encode(torch.get_rng_state())}]
+    if ranks.device.type == "cuda":
+        rng[0]["cuda"] = encode(torch.cuda.get_rng_state(ranks.device))
+    if ranks.world_size > 1:
+        mine, rng = rng[0], [None] * ranks.world_size
+        dist.all_gather_object(rng, mine)
+    if ranks.rank == 0:
+        tensors = {MODEL_FILE: model.state_dict(), OPTIMIZER_FILE: optimizer}
+        checkpoints.save(tensors, facts | progress.state() | dict(
+            step=step, train_time=progress.clock.seconds, rng=rng,
+            lr_multiplier=lr_multiplier(step, progress.args),
+            attention_windows=attention_windows(step, progress.args)))
+
+
+def restore(
+    checkpoint: Checkpoint, model: GPT, optimizers: list[ShardedOptimizer], clock: "Clock",
+    progress: Progress, ranks: Ranks,
+) -> int:
+    """Put everything back to where the checkpoint was made; returns its step."""
+    state, device = checkpoint.state, ranks.device
+    try:
+        model.load_state_dict(checkpoint.model)
+        for optimizer in optimizers:
+            optimizer.load_whole_state(checkpoint.optimizer)
+    except (RuntimeError, LookupError, ValueError) as error:
+        raise CollectiveError(f"{checkpoint.folder} does not fit this model: {error}") from None
+    if ranks.rank < len(state["rng"]):
+        rng = state["rng"][ranks.rank]
+        torch.set_rng_state(decode(rng["cpu"]))
+        if device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(decode(rng["cuda"]), device)
+    else:  # there were fewer ranks then
+        torch.manual_seed((progress.args.seed + state["step"] + ranks.rank) % 2**63)
+    clock.seconds = state["train_time"]
+    progress.load_state(state)
+    progress.log(f"resumed: step {state['step']} of {progress.args.train_steps}, after "
+                 f"{clock.seconds:.3f}s, from {checkpoint.folder}", console=True)
+    progress.log(describe_machine(device))
+    return state["step"]
+
+
+def encode(rng_state: Tensor) -> str:
+    return base64.b64encode(bytes(rng_state)).decode()
+
+
+def decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, in a thread, while the training goes on.
+
+    What has a checkpoint's name is whole: it is written under another one, flushed to the disk, and
+    renamed. A disk that is full costs a checkpoint, not the run.
+    """
+
+    def __init__(self, folder: Path, log: Log):
+        self.folder, self.log = folder, log
+        self.thread, self.buffers = ThreadPoolExecutor(1), {}
+        self.step, self.writing = 0, None  # of the one that is being written
+        self.problem: str | None = None  # why the last one is not there
+
+    def save(self, files: dict[str, dict[str, Tensor]], state: dict) -> None:
+        """Copy the tensors of each file, and begin to write them; waits for the one before."""
+        started = time.perf_counter()
+        self.finish()
+        copies = {name: self.copy(name, tensors) for name, tensors in files.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.step, self.waited = state["step"], time.perf_counter() - started
+        self.writing = self.thread.submit(self.write, copies, state)
+
+    def copy(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU; memory that a GPU can write to is kept for the next time."""
+        for name, tensor in tensors.items():
+            if (file, name) not in self.buffers:
+                self.buffers[file, name] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=tensor.is_cuda,
+                    memory_format=torch.contiguous_format)
+            self.buffers[file, name].copy_(tensor, non_blocking=True)
+        return {name: self.buffers[file, name] for name in tensors}
+
+    def write(self, files: dict[str, dict[str, Tensor]], state: dict) -> Path:
+        path = self.folder / f"step_{state['step']:06d}"
+        unfinished = self.folder / f".{path.name}.unfinished"
+        for old in self.folder.glob(".step_*.unfinished"):
+            shutil.rmtree(old)
+        unfinished.mkdir(parents=True)
+        state["files"] = {}
+        for name, tensors in files.items():
+            safetensors.torch.save_file(tensors, unfinished / name)
+            state["files"][name] = dict(bytes=(unfinished / name).stat().st_size,
+                                        sha256=hash_file(unfinished / name))
+        (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for written in (*unfinished.iterdir(), unfinished):
+            flush(written)
+        if path.exists():  # from before the run was resumed
+            shutil.rmtree(path)
+        unfinished.rename(path)
+        flush(self.folder)
+        for old in by_age(self.folder)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.unfinished")))
+        return path
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and log what became of it."""
+        if self.writing is None:
+            return
+        self.problem = None
+        try:
+            path = self.writing.result()
+            self.log(f"checkpoint: {path}, for which the run waited {self.waited:.2f}s")
+        except (OSError, safetensors.SafetensorError) as error:
+            self.problem = f"cannot write the checkpoint of step {self.step}: {error}"
+            self.log(f"{self.problem}; the run goes on", console=True)
+            for old in self.folder.glob(".step_*.unfinished"):
+                shutil.rmtree(old, ignore_errors=True)
+        self.writing = None
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows flushes names by itself
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # -----------------------------------------------------------------------------
@@ -2056,10 +2635,11 @@ class Clock:
 
 
 def copy_to_cpu(value: Tensor) -> Tensor:
-    """Start copying a scalar to the CPU, without waiting for the device."""
+    """Start copying a small tensor to the CPU, without waiting for the device."""
     if not value.is_cuda:
         return value
-    return torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return copy.copy_(value, non_blocking=True)
 
 
 def train_step(
@@ -2134,19 +2714,27 @@ def memory_advice(args: Hyperparameters, knob: str) -> Iterator[None]:
         raise RunError(f"out of GPU memory with --{knob} {getattr(args, knob)}; {advice}") from None
 
 
-def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
+def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> None:
     """Train and validate one model, and log it. RunError where a person has to act."""
     args, notes = switch_off(args, ranks.device)
     check_accumulation(args, ranks.world_size)
     attention_name, attention = choose_attention(args, ranks.device)
     train_shards, val_shards = on_first_rank(lambda: plan_data(args), ranks)
     run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.recipe}-seed{args.seed}"
-    on_first_rank(lambda: log.create(Path(args.log_dir) / f"{run_id}.txt"), ranks)
+    facts = run_facts(args, [*train_shards, *val_shards])
+    checkpoint = open_checkpoint(args.resume, args.log_dir) if args.resume else None
+    if checkpoint:
+        run_id = checkpoint.folder.parent.name
+        notes += checkpoint.notes + check_same_run(checkpoint.state, facts, args)
+    log_path = Path(args.log_dir) / f"{run_id}.txt"
+    is_new = on_first_rank(lambda: log.create(log_path, go_on=bool(checkpoint)), ranks)
+    encoding = load_encoding() if args.sample_every else None
 
     torch.manual_seed(args.seed)
     model = GPT(args, attention).to(ranks.device)
     optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
-    log_header(log, args, model, ranks, attention_name, train_shards, val_shards)
+    if is_new:
+        log_header(log, args, model, ranks, attention_name, train_shards, val_shards)
     wandb = start_wandb(args, run_id) if args.log_wandb and ranks.rank == 0 else None
 
     log(f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
@@ -2161,28 +2749,60 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log) -> None:
         log(f"warm-up: undone after {time.perf_counter() - started:.1f}s", console=True)
     else:
         log("warm-up: none")
-    batches = prefetch(train_batches([shard.path for shard in train_shards], args, ranks))
-    val_data = [TokenRows(shard.path, args, training=False) for shard in val_shards]
     clock = Clock(ranks.device)
     progress = Progress(args, ranks, log, clock, wandb)
+    checkpoints = Checkpoints(log_path.with_suffix(""), log)
+    first_step = 0
+    if checkpoint:
+        first_step = restore(checkpoint, model, optimizers, clock, progress, ranks)
+    shards, shard_step = skip_shards(train_shards, first_step, args)
+    batches = prefetch(train_batches([shard.path for shard in shards], args, ranks, shard_step,
+                                     first_step))
+    val_data = [TokenRows(shard.path, args, training=False) for shard in val_shards]
     clock.start()
-    if args.unigram_power:  # what the model starts from is training data, so it is on the clock
+    if args.unigram_power and not checkpoint:
+        # What the model starts from is training data, so it is on the clock.
         bias = args.unigram_power * log_frequencies(train_shards[0].path, args.vocab_size)
         model.logit_bias.copy_(bias)
-    for step in range(args.train_steps + 1):
-        is_last = step == args.train_steps
-        if is_last or (args.val_loss_every and step % args.val_loss_every == 0):
+    stop.waits = args.save_on_exit
+    for step in range(first_step, args.train_steps + 1):
+        is_last, is_stopped = step == args.train_steps, progress.stop_votes > 0
+        validates = is_due(step, args.val_loss_every or -1, args)
+        samples = is_due(step, args.sample_every, args)
+        saves = is_due(step, args.save_every, args)
+        if validates or samples or saves or is_stopped:
             progress.finish_step()
             clock.stop()
             windows = attention_windows(step, args)
-            progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
-            if is_last:
+            if validates and not progress.has_validated(step):
+                progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
+            if samples and ranks.rank == 0:
+                text = write_sample(model, windows, encoding, args.seed)
+                log(f"sample: step {step}: {text!r}", console=True)
+            progress.ended_early = bool(args.stop_at_target and progress.reached) and not is_last
+            saves = saves or is_stopped or progress.ended_early and args.save_every
+            if saves and step > first_step:
+                save_checkpoint(checkpoints, facts, step, model, optimizers, progress, ranks)
+            if is_last or is_stopped or progress.ended_early:
                 break
             clock.start()
         loss = train_step(compiled, optimizers, next(batches), step, args, ranks)
-        progress.queued(loss)
-    check_ranks_agree(model, ranks)
-    progress.summarize(peak_memory(ranks.device))
+        progress.queued(torch.stack([loss, stop.count_votes(ranks)]))
+    checkpoints.finish()
+    if ends := not is_stopped or is_last:
+        check_ranks_agree(model, ranks)
+        progress.summarize(peak_memory(ranks.device))
+    if checkpoints.problem:
+        raise RunError(f"{checkpoints.problem}; the log is whole")
+    if not ends:
+        log(f"go on with: --resume {run_id}", console=True)
+        stop.end()
+
+
+def is_due(step: int, every: int, args: Hyperparameters) -> bool:
+    """Whether to do now what is done every so many steps and at the end; -1: only there; 0: never.
+    """
+    return every > 0 and step % every == 0 or every != 0 and step == args.train_steps
 
 
 def peak_memory(device: torch.device) -> str:
@@ -2202,18 +2822,39 @@ class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def raise_terminated(signum, frame):
-    raise Terminated
+class StopSignal:
+    """SIGTERM or Ctrl-C: ends the run at once, or, while it `waits`, once all has been saved."""
+
+    def __init__(self):
+        self.waits, self.asked = False, False
+
+    def __call__(self, signum, frame) -> None:
+        self.kind = KeyboardInterrupt if signum == signal.SIGINT else Terminated
+        if not self.waits:
+            raise self.kind
+        self.asked = True
+
+    def count_votes(self, ranks: Ranks) -> Tensor:
+        """How many ranks were asked, (), on the device, so that all find out at the same step."""
+        votes = torch.zeros((), device=ranks.device).fill_(float(self.asked))
+        if self.waits and ranks.world_size > 1:
+            dist.all_reduce(votes)
+        return votes
+
+    def end(self) -> None:
+        raise getattr(self, "kind", Terminated)  # without one, another rank was asked
 
 
 def main() -> int:
     """The exit status: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
     args = parse_hyperparameters(sys.argv[1:])
-    signal.signal(signal.SIGTERM, raise_terminated)
-    log, ranks = Log(), None
+    log, ranks, stop = Log(), None, StopSignal()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of jobs in the background
+            signal.signal(number, stop)
     try:
         ranks = join_ranks()
-        train(args, ranks, log)
+        train(args, ranks, log, stop)
         return log.close()
     except RunError as error:
         log(f"error: {error}")

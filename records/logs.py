@@ -23,6 +23,7 @@ ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 SEPARATOR = re.compile(r"^={50,}[ \t]*$", re.MULTILINE)
 LOOKS_LIKE_SOURCE = re.compile(r"^(import|from|def|class) ", re.MULTILINE)
 LLM_C_LINE = re.compile(r"^s:(\d+) tel:(\S+)", re.MULTILINE)
+RESUMED, STEP = re.compile(r"resumed: step (\d+) of "), re.compile(r"step:(\d+)/")
 PLAIN_FIELD = re.compile(r" ([a-z_]+):\d+(?:\.(\d+))?([a-z%]*)")
 ONLY_DIGITS = bytes(code if chr(code).isdigit() else ord(" ") for code in range(128)) + b" " * 128
 SECONDS = {"ms": 1e-3, "s": 1.0}
@@ -248,8 +249,13 @@ def _read_text(path: Path, content: bytes) -> list[Run]:
 
 def _read_runs(path: Path, source: str | None, text: str) -> Iterator[Run]:
     """The runs under one header. A new one starts where the steps start again, or are to be
-    another number."""
-    lines = text.split("\n")
+    another number; but one that was resumed is one run, without what it did twice."""
+    lines = []
+    for line in text.split("\n"):
+        if resumed := RESUMED.match(line):
+            lines = [old for old in lines if not (place := STEP.match(old))
+                     or int(place[1]) <= int(resumed[1])]
+        lines.append(line)
     notes = "\n".join([line for line in lines if line and not line.startswith("step:")])
     rows, damaged = _read_steps([line for line in lines if line.startswith("step:")])
     if not len(rows):

@@ -1,8 +1,13 @@
 """What only a GPU can show: its kernels against their plain twins. Skipped without one."""
 
+import re
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import tiny_args
+from conftest import ROOT, tiny_args
 
 import train_gpt
 from train_gpt import MicroBatch, Ranks
@@ -101,3 +106,48 @@ def test_compiled_training_equals_eager_training_and_compiles_nothing_after_the_
     compiled, eager = (train_some_steps(compile, **switches) for compile in (True, False))
     assert compiled == pytest.approx(eager, abs=0.02)
     assert compiled[-1] < compiled[0] - 0.5
+
+
+def test_a_replayed_token_has_the_logits_of_one_that_is_computed_anew():
+    args = tiny_args(vocab_size=51_000, row_length=256, max_document_length=256, num_layers=4,
+                     batch_size=512, device_batch_size=512, val_batch_size=512,
+                     window_start=128, window_end=128, dtype="bfloat16", attention="varlen",
+                     key_offset=True, bigram_rows=101, attention_gate=True, output_mixing=True)
+    torch.manual_seed(0)
+    model = train_gpt.GPT(args, train_gpt.varlen_attention).cuda().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    prompt, windows = [train_gpt.DOCUMENT_START, *range(60)], (64, 128)
+    tokens = list(train_gpt.generate(model, windows, prompt, 100, temperature=0))
+    inputs = torch.tensor([prompt + tokens[:-1]], device="cuda").int()
+    ends = torch.tensor([0, inputs.size(1)], device="cuda").int()
+    batch = MicroBatch(inputs, inputs, ends, inputs.size(1), whole_rows=False)
+    logits = model.logits(model.hidden(batch, windows)[0, len(prompt) - 1 :])
+    chosen = logits.gather(1, torch.tensor(tokens, device="cuda")[:, None])
+    assert len(tokens) > 50
+    assert (logits.amax(1, keepdim=True) - chosen).max() < 0.05  # 16 bits round
+
+
+def test_a_resumed_run_goes_on_with_the_losses_of_one_that_was_not_stopped(tmp_path):
+    options = ("--track sample --recipe record --data_path data/sample --model_dim 128 "
+               "--attention_dim 128 --num_heads 1 --num_layers 6 --row_length 1024 --batch_size "
+               "2048 --device_batch_size 2048 --val_row_length 1024 --val_batch_size 4096 "
+               "--val_tokens 8192 --loss_chunk_size 1024 --sampled_vocab 4096 --train_steps 40 "
+               "--run_id run --val_loss_every 20 --save_every 20").split()
+    found = []
+    for name in ("whole", "resumed"):
+        log_dir = f"--log_dir={tmp_path / name}"
+        done = run_python("train_gpt.py", *options, log_dir)
+        if name == "resumed":
+            shutil.rmtree(tmp_path / name / "run" / "step_000040")
+            done = run_python("train_gpt.py", "--resume=latest", log_dir)
+            assert "resumed: step 20 of 40" in done
+        found.append(re.findall(r"step:40/40 val_loss:(\S+)", done)[-1])
+    assert float(found[0]) == pytest.approx(float(found[1]), abs=0.05)
+
+
+def run_python(*argv) -> str:
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -90,7 +90,7 @@ def run_main(folder: Path, *options, tty: bool = False, plot: bool = False, **re
     out.isatty = lambda: tty
     argv = ["train_gpt.py", *TINY, "--kernel_warmup=false", f"--log_dir={logs}"]
     argv += map(str, options)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     torch.set_num_threads(1)
     try:
         with (
@@ -106,7 +106,8 @@ def run_main(folder: Path, *options, tty: bool = False, plot: bool = False, **re
                 patch.setattr(train_gpt, name, value)
             status = train_gpt.main()
     finally:
-        signal.signal(signal.SIGTERM, on_sigterm)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     paths = sorted(logs.glob("*.txt")) if logs.is_dir() else []
     path = paths[-1] if paths else None
     return Run(status, out.getvalue(), err.getvalue(), path, seen.train, seen.val, seen.model)

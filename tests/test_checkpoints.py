@@ -1,0 +1,454 @@
+"""Checkpoints: a run that goes on is the run that never stopped, and nothing good is ever lost."""
+
+import errno
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, ROOT, run_train, wait_for, write_tokens
+from test_runs import BLOWS_UP, TINY, Run, check_failed, run_main
+
+import train_gpt
+
+sys.path.insert(0, str(ROOT / "records"))
+
+from check import check  # noqa: E402  needs the path above
+from logs import read_log  # noqa: E402
+
+# Stages, drawn tokens, moments in 16 bits, and shards that hold some four steps.
+OPTIONS = ("--run_id run --train_steps 9 --batch_stages 256,256,512 --val_loss_every 3 --optimizer "
+           "muon --muon_beta2 0.9 --row_moments --bigram_rows 101 --key_offset --unigram_power 0.5 "
+           "--sampled_vocab 700 --loss_chunk_size 64 --tokens_ahead 3 --document_rests").split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tokens = np.random.default_rng(0).integers(0, 900, 7_000)
+    tokens[::50] = train_gpt.DOCUMENT_START
+    for i in range(5):
+        write_tokens(folder / f"a_train_{i:06d}.bin", tokens[1_200 * i : 1_200 * (i + 1)])
+    write_tokens(folder / "a_val_000000.bin", tokens[6_000:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data) -> Run:
+    """A run that nothing stopped, with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = run_main(folder, *OPTIONS, f"--data_path={data}", "--save_every=1", KEPT_CHECKPOINTS=99)
+    assert run.status == 0, run.err
+    return run
+
+
+def checkpoints(run: Run) -> list[Path]:
+    return sorted(run.path.with_suffix("").glob("step_*"))
+
+
+def go_on(folder: Path, run: Run, step: int | str, *options, **replaced) -> Run:
+    """Resume a copy of the run, of which only the checkpoints up to `step` are left."""
+    shutil.copytree(run.path.parent, folder / "logs")
+    for path in checkpoints(run):
+        if path.name > f"step_{step:06d}":
+            shutil.rmtree(folder / "logs" / "run" / path.name)
+    return run_main(folder, "--resume=run", *OPTIONS, *options, **replaced)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+
+
+def same_end(run: Run, other: Run) -> None:
+    assert run.status == 0, run.err
+    assert run.train_losses == other.train_losses and run.val_losses == other.val_losses
+    found, expected = weights(run), weights(other)
+    assert list(found) == list(expected)
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
+
+
+# -----------------------------------------------------------------------------
+# Going on
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_resumed_run_equals_one_that_was_never_stopped_to_the_last_bit(
+    tmp_path, whole, data, step
+):
+    same_end(go_on(tmp_path, whole, step, f"--data_path={data}"), whole)
+
+
+def test_it_takes_the_settings_of_the_run_and_needs_no_others(tmp_path, whole):
+    shutil.copytree(whole.path.parent, tmp_path / "logs")
+    for path in checkpoints(whole)[4:]:
+        shutil.rmtree(tmp_path / "logs" / "run" / path.name)
+    argv = sys.argv
+    for name in ("latest", "run", str(tmp_path / "logs" / "run")):
+        args = train_gpt.parse_hyperparameters(
+            ["--resume", name, "--log_dir", str(tmp_path / "logs")])
+        assert (args.train_steps, args.row_moments, args.batch_stages) == (9, True, "256,256,512")
+    assert sys.argv == argv
+
+
+def test_the_log_goes_on_in_the_same_file_and_says_so(tmp_path, whole, data):
+    run = go_on(tmp_path, whole, 4, f"--data_path={data}")
+    before, resumed, after = re.split(r"^(resumed: .*)$", run.log, maxsplit=1, flags=re.MULTILINE)
+    assert before.startswith(whole.log[: whole.log.index("step:1/9")])
+    assert f"step 4 of 9, after {train_time(whole, 4):.3f}" in resumed.replace("s, from", "")
+    assert "step:5/9" in after and "step:4/9" not in after and "machine" not in resumed
+    assert "GPU:" in after or "CPU:" in after
+    [found] = read_log(run.path)
+    assert found.steps.tolist() == read_log(whole.path)[0].steps.tolist()
+    assert np.all(np.diff(found.times) >= 0)
+    assert "resumed: step 4" in check([found]).findings["marks"].reason
+
+
+def train_time(run: Run, step: int) -> float:
+    return json.loads((checkpoints(run)[step - 1] / "state.json").read_text())["train_time"]
+
+
+def test_the_clock_goes_on_where_it_stood(tmp_path, whole, data):
+    run = go_on(tmp_path, whole, 8, f"--data_path={data}")
+    [last] = re.findall(r"^step:9/9 train_time:(\d+)ms", run.log.split("resumed:")[1], re.MULTILINE)
+    assert 0 <= int(last) / 1000 - train_time(whole, 8) < 5
+
+
+def test_the_last_two_are_kept_and_the_end_is_saved(tmp_path, data):
+    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--save_every=2")
+    assert [path.name for path in checkpoints(run)] == ["step_000008", "step_000009"]
+    assert list(run.path.with_suffix("").glob(".*")) == []
+    run = run_main(tmp_path / "b", *OPTIONS, f"--data_path={data}", "--save_every=-1")
+    assert [path.name for path in checkpoints(run)] == ["step_000009"]
+    run = run_main(tmp_path / "c", *OPTIONS, f"--data_path={data}")
+    assert not run.path.with_suffix("").exists()
+
+
+def test_after_a_return_to_an_older_one_its_followers_are_the_newest(tmp_path, whole, data):
+    shutil.copytree(whole.path.parent, tmp_path / "logs")
+    saved = tmp_path / "logs" / "run"
+    run = run_main(tmp_path, f"--resume={saved / 'step_000003'}", *OPTIONS, f"--data_path={data}",
+                   "--save_every=4")
+    assert run.status == 0, run.err
+    assert "resumed: step 3" in run.log
+    assert sorted(path.name for path in saved.glob("step_*")) == ["step_000008", "step_000009"]
+    newest, *_ = train_gpt.checkpoint_folders("latest", str(tmp_path / "logs"))
+    assert newest.name == "step_000009"
+    same_end(run, whole)
+
+
+def test_saving_changes_nothing(tmp_path, whole, data):
+    same_end(run_main(tmp_path, *OPTIONS, f"--data_path={data}"), whole)
+
+
+def test_a_finished_run_that_goes_on_says_how_it_ended(tmp_path, whole, data):
+    run = go_on(tmp_path, whole, 9, f"--data_path={data}")
+    same_end(run, whole)
+    assert "not reached: val_loss" in run.out
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on(tmp_path, data, before, after):
+    options = [*TINY, *OPTIONS[:6], "--muon_beta2=0.9", "--row_moments", "--bigram_rows=101",
+               "--kernel_warmup=false", f"--data_path={data}"]
+    options[options.index("256,256,512")] = "256"
+    done = run_train(*options, "--save_every=6", cwd=tmp_path, nproc=before)
+    assert done.returncode == 0, done.stderr
+    expected = read_log(tmp_path / "logs" / "run.txt")[0].losses
+    shutil.rmtree(tmp_path / "logs" / "run" / "step_000009")
+    done = run_train("--resume=latest", cwd=tmp_path, nproc=after)
+    assert done.returncode == 0, done.stderr
+    [run] = read_log(tmp_path / "logs" / "run.txt")
+    assert run.losses == pytest.approx(expected, abs=2e-5, nan_ok=True)
+    assert "resumed: step 6 of 9" in (tmp_path / "logs" / "run.txt").read_text()
+
+
+# -----------------------------------------------------------------------------
+# What differs
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--matrix_lr=0.01"], "matrix_lr is 0.01 instead of 0.05"),
+    (["--train_steps=8"], "train_steps is 8 instead of 9"),
+    (["--device_batch_size=256"], "device_batch_size is 256 instead of 128"),
+])
+def test_another_setting_is_named_and_wants_to_be_meant(tmp_path, whole, data, options, words):
+    run = go_on(tmp_path, whole, 5, f"--data_path={data}", *options)
+    assert run.status == 1 and words in run.err and "--resume_anyway" in run.err
+    run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}", *options,
+                   "--resume_anyway")
+    assert run.status == 0, run.err
+    assert f"resumed, although {words}" in run.log
+    assert run.train_losses[:5] == whole.train_losses[:5]
+
+
+def test_another_source_and_other_data_are_noticed(tmp_path, whole, data):
+    source = train_gpt.read_source
+    run = go_on(tmp_path, whole, 5, f"--data_path={data}",
+                read_source=lambda args: source(args) + "# faster\n")
+    assert run.status == 1 and "the source is another one" in run.err
+    other = shutil.copytree(data, tmp_path / "other")
+    tokens = np.fromfile(other / "a_train_000001.bin", "<u2", offset=1024)
+    tokens[5] += 1
+    write_tokens(other / "a_train_000001.bin", tokens)
+    run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={other}")
+    assert run.status == 1 and "the data are other shards" in run.err
+
+
+def test_reports_may_differ(tmp_path, whole, data):
+    run = go_on(tmp_path, whole, 5, f"--data_path={data}", "--val_loss_every=0", "--log_every=3")
+    assert run.status == 0, run.err
+    assert run.train_losses == whole.train_losses
+
+
+def test_a_model_of_another_shape_is_refused(tmp_path, whole, data):
+    run = go_on(tmp_path, whole, 5, f"--data_path={data}", "--num_layers=3", "--resume_anyway")
+    check_failed(run, "does not fit this model")
+
+
+def test_no_checkpoint_is_told_with_those_that_there_are(tmp_path, whole, capsys):
+    for argv, words in (
+        (["--resume=other", f"--log_dir={whole.path.parent}"], "there are some of: run"),
+        (["--resume=latest", f"--log_dir={tmp_path}"], "--save_every STEPS"),
+    ):
+        with pytest.raises(SystemExit):
+            train_gpt.parse_hyperparameters(argv)
+        assert words in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# Damage
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class Bomb:
+    """Unpickling it leaves a trace."""
+
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def replace_by_a_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("spoil", [truncate, flip_a_bit, Path.unlink, replace_by_a_pickle])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(
+    tmp_path, whole, data, file, spoil, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole.path.parent, tmp_path / "logs")
+    for path in checkpoints(whole)[5:]:
+        shutil.rmtree(tmp_path / "logs" / "run" / path.name)
+    if file == "state.json" and spoil is flip_a_bit:
+        pytest.skip("a number may stay a number")
+    spoil(tmp_path / "logs" / "run" / "step_000005" / file)
+    run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}")
+    same_end(run, whole)
+    assert f"step_000005/{file}" in run.log and "resumed: step 4" in run.log
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_checkpoint_of_another_program_is_told_from_ours(tmp_path, whole, data):
+    shutil.copytree(whole.path.parent, tmp_path / "logs")
+    for path in (tmp_path / "logs" / "run").glob("step_*"):
+        (path / "state.json").write_text('{"step": 5}')
+    with pytest.raises(train_gpt.RunError, match="is not a checkpoint of this script"):
+        train_gpt.load_run("run", CPU, str(tmp_path / "logs"))
+
+
+def full_disk(tensors, path):
+    Path(path).write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, whole, data, monkeypatch):
+    save_file, calls = train_gpt.safetensors.torch.save_file, []
+
+    def fill_up(tensors, path):
+        calls.append(path)
+        (full_disk if len(calls) > 4 else save_file)(tensors, path)
+
+    monkeypatch.setattr(train_gpt.safetensors.torch, "save_file", fill_up)
+    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--save_every=1")
+    assert run.status == 1  # the end was to be saved, and is not
+    assert "No space left on device" in run.err and "No space left on device" in run.out
+    assert run.train_losses == whole.train_losses and "not reached: val_loss" in run.log
+    assert [path.name for path in checkpoints(run)] == ["step_000001", "step_000002"]
+    assert list(run.path.with_suffix("").glob(".*")) == []
+    monkeypatch.undo()
+    run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}", "--save_every=1")
+    same_end(run, whole)
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, data):
+    run = run_main(tmp_path, "--run_id=run", f"--data_path={data}", "--save_every=1",
+                   "--train_steps=6", "--matrix_lr=1e-3", *BLOWS_UP)
+    check_failed(run, "step 1" if not checkpoints(run) else "step")
+    assert all(path.name <= "step_000001" for path in checkpoints(run))
+    for path in checkpoints(run):
+        model, _, _ = train_gpt.load_run(str(path), CPU)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+# -----------------------------------------------------------------------------
+# Stopping
+
+
+def start(folder: Path, *options, nproc: int = 1) -> subprocess.Popen:
+    launcher = [sys.executable]
+    if nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "train_gpt.py"), *map(str, options)], cwd=folder, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+LONG = [*TINY, "--run_id=run", "--kernel_warmup=false", "--train_steps=60", "--row_moments",
+        "--sampled_vocab=700", "--loss_chunk_size=64", "--val_loss_every=20"]
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory) -> Path:
+    """The log of 60 steps that nothing stopped."""
+    folder = tmp_path_factory.mktemp("long")
+    done = run_train(*LONG, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "logs" / "run.txt"
+
+
+def losses(log: Path) -> list[str]:
+    """The last val_loss of each step, as the log has it."""
+    return list(dict(re.findall(r"^step:(\d+)/\S+ val_loss:(\S+)", log.read_text(),
+                                re.MULTILINE)).items())
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_saves_itself_first(tmp_path, long_run, number, status):
+    process, log = start(tmp_path, *LONG, "--save_on_exit"), tmp_path / "logs" / "run.txt"
+    wait_for(process, lambda: log.exists() and "\nstep:5/60 train_time" in log.read_text())
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == status, out
+    assert "go on with: --resume run" in out and "stopped by" in log.read_text()
+    [folder] = (tmp_path / "logs" / "run").glob("step_*")
+    assert 5 <= int(folder.name[5:]) < 60
+    done = run_train("--resume=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(log) == losses(long_run)
+
+
+def test_all_ranks_stop_at_the_same_step_if_one_of_them_is_asked_to(tmp_path):
+    options = [*LONG, "--save_on_exit", "--train_steps=2000", f"--data_path={many(tmp_path)}",
+               "--max_document_length=8", "--token_budget=999999999"]
+    process, log = start(tmp_path, *options, nproc=2), tmp_path / "logs" / "run.txt"
+    wait_for(process, lambda: log.exists() and "\nstep:5/2000 train_time" in log.read_text())
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if "train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(ranks[-1]), signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    [folder] = (tmp_path / "logs" / "run").glob("step_*")
+    assert "go on with: --resume run" in log.read_text(), out
+    assert len(train_gpt.read_state(folder)["rng"]) == 2
+
+
+def many(folder: Path) -> Path:
+    from test_runs import more_data
+
+    return more_data(folder / "data")
+
+
+def test_a_run_killed_ten_times_ends_as_one_that_was_not(tmp_path, long_run):
+    """The preemption drill: kill -9 at random moments, also while a checkpoint is written."""
+    log, rng = tmp_path / "logs" / "run.txt", random.Random(5)
+    options, kills = [*LONG, "--save_every=1"], 0
+    while kills < 10:
+        process = start(tmp_path, *options)
+        reached = len(re.findall("^step:", log.read_text(), re.MULTILINE)) if log.exists() else 0
+        wait_for(process, lambda n=reached: log.exists() and
+                 len(re.findall("^step:", log.read_text(), re.MULTILINE)) > n)
+        try:
+            process.wait(timeout=rng.uniform(0, 0.25))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+        kills += 1
+        options = ["--resume=run"]
+        if not list((tmp_path / "logs").glob("run/step_*")):  # killed before there was any
+            shutil.rmtree(tmp_path / "logs")
+            options = [*LONG, "--save_every=1"]
+    done = run_train(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(log) == losses(long_run)
+    assert log.read_text().count("\nresumed: step ") >= 5
+
+
+def test_a_run_can_end_at_its_target_and_is_no_record(tmp_path, data):
+    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--stop_at_target", "--target=10.3",
+                   "--val_loss_every=1", "--save_every=-1")
+    assert run.status == 0, run.err
+    step, loss = run.val_losses[-1]
+    assert loss <= 10.3 < run.val_losses[-2][1] and 0 < step < 9
+    assert len(run.train_losses) == step
+    assert "\nnot a record: stopped early\n" in run.log and "stopped early" in run.out
+    assert [path.name for path in checkpoints(run)] == [f"step_{step:06d}"]
+
+
+# -----------------------------------------------------------------------------
+# Use
+
+
+@pytest.mark.parametrize("recipe", list(train_gpt.RECIPES))
+def test_a_run_of_every_recipe_can_be_loaded(tmp_path, recipe):
+    small = ("--model_dim=32 --num_layers=4 --num_heads=2 --row_length=64 --max_document_length=64 "
+             "--batch_size=256 --device_batch_size=256 --val_batch_size=128 --val_row_length=0 "
+             "--val_tokens=512 --train_steps=2 --loss_chunk_size=64 --dtype=float32 "
+             "--residual_dtype=float32 --compile=false --value_embeddings=1").split()
+    if "attention_dim" in train_gpt.RECIPES[recipe]:
+        small.append("--attention_dim=16")
+    run = run_main(tmp_path, f"--recipe={recipe}", *small, "--save_every=-1", "--run_id=run")
+    assert run.status == 0, run.err
+    model, windows, state = train_gpt.load_run("run", CPU, str(tmp_path / "logs"))
+    assert state["step"] == 2 and windows == train_gpt.attention_windows(2, model.args)
+    args = model.args
+    rows = train_gpt.TokenRows(next((ROOT / "data/sample").glob("*_val_*")), args, training=False)
+    loss = train_gpt.evaluate(model, [rows], args, windows, train_gpt.Ranks(0, 1, CPU))
+    assert loss == pytest.approx(run.val_losses[-1][1], abs=2e-3)  # 8-bit floats are off
+
+
+def test_a_model_writes_samples_while_it_trains(tmp_path, whole, data):
+    class Encoding:
+        n_vocab = 50_257
+
+        def decode(self, tokens):
+            return " ".join(map(str, tokens))
+
+    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--sample_every=4",
+                   load_encoding=Encoding)
+    assert run.status == 0, run.err
+    samples = dict(re.findall(r"^sample: step (\d+): '(.*)'$", run.log, re.MULTILINE))
+    assert list(samples) == ["0", "4", "8", "9"]
+    assert samples["8"] != samples["0"] and len(samples["0"].split()) > 5
+    assert run.train_losses == whole.train_losses and run.val_losses == whole.val_losses
