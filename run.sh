@@ -85,6 +85,14 @@ value_of() { # value_of NAME OPTIONS...: the value of --NAME, if it is among the
     done
 }
 track=$(value_of track "$@" | tail -n 1)
+resume=$(value_of resume "$@") # has its data, and keeps its micro-batches
+if [ -z "$track" ] && [ -n "$resume" ]; then
+    track=$("$python" - "$@" <<'END'
+import sys, train_gpt
+print(train_gpt.parse_hyperparameters(sys.argv[1:]).track)
+END
+)
+fi
 if [ -z "$track" ]; then [ "$gpus" -gt 0 ] && track=single-gpu || track=sample; fi
 if [ "$command" = baseline ]; then
     [ "$track" = sample ] && set -- --recipe sample-baseline "$@" || set -- --recipe baseline "$@"
@@ -95,7 +103,6 @@ for_all() { # for_all SCRIPT OPTIONS...: told of how many processes there will b
     WORLD_SIZE=$((nproc * ${nodes%%:*})) "$python" "$@"
 }
 if [ "$command" = check ]; then for_all data/check.py "$@"; exit; fi
-resume=$(value_of resume "$@") # has its data, and keeps its micro-batches
 if [ "$track" != sample ] && [ -z "$resume$(value_of data_path "$@")" ]; then
     for_all data/cached_fineweb10B.py "$@"
 fi

@@ -139,7 +139,7 @@ class Hyperparameters:
     compile: bool = True  # torch.compile
     kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts
     # Stopping, and going on
-    save_every: int = 0  # steps between checkpoints, and one at the end; -1: that one; 0: none
+    save_every: int = 0  # steps between checkpoints; the end is one too; -1: only it; 0: none
     save_on_exit: bool = False  # save a checkpoint on SIGTERM and Ctrl-C, then stop
     resume: str = ""  # a run_id, or latest: go on from its last checkpoint, with its settings
     resume_anyway: bool = False  # even if settings, source or data are others now
@@ -148,7 +148,7 @@ class Hyperparameters:
     val_loss_every: int = 125  # steps between validations; 0: only at the end
     log_every: int = 10  # steps between lines on a console that is no terminal
     log_dir: str = "logs"  # folder of the logs
-    sample_every: int = 0  # steps between texts that the model writes; -1: one at the end; 0: none
+    sample_every: int = 0  # steps between texts that the model writes; -1: only at the end; 0: none
     log_wandb: bool = False  # report to Weights & Biases too
     wandb_project: str = "gpt2-speedrun"  # its project
     wandb_name: str = ""  # its run name; empty: run_id
@@ -361,7 +361,12 @@ def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) ->
     for folder in checkpoint_folders(overrides["resume"], log_dir):
         try:
             saved = saved_hyperparameters(read_state(folder))
-            return Hyperparameters(**saved | dict(log_dir=log_dir) | overrides)
+            here = dict(log_dir=log_dir, resume_anyway=False)  # never those of the run
+            run_id = folder.resolve().parent.name
+            if overrides.get("run_id", run_id) != run_id:
+                parser.error(f"--resume goes on as {run_id}: leave out --run_id, or copy "
+                             f"{folder.parent} and its log to the other name")
+            return Hyperparameters(**saved | here | overrides)
         except RunError as error:
             problems.append(str(error))
     parser.error("; ".join(problems) or no_checkpoint(overrides["resume"], log_dir))
@@ -387,6 +392,11 @@ def find_problem(args: Hyperparameters) -> str | None:
                  "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
+    for name in ("save_every", "sample_every"):
+        if getattr(args, name) < -1:
+            return f"--{name} must be -1 or more, got {getattr(args, name)}"
+    if args.run_id.startswith(".") or re.search(r"[/\\]", args.run_id):
+        return f"--run_id must be the name of a file, got {args.run_id!r}"
     if args.logit_softcap > 70:  # exp(cap) * vocab_size has to be a float32
         return f"--logit_softcap must be at most 70, got {args.logit_softcap}"
     for name in ("model_dim", "attention_dim", "row_length", "loss_chunk_size"):
@@ -1591,10 +1601,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for i, (group, flat) in enumerate(zip(self.param_groups, self.flats, strict=True)):
             units = sum(p.numel() for p in group["params"]) // flat[0].numel()  # without padding
             for name, value in self.state[group["params"][0]].items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and self.world_size > 1:
                     shares = value.new_empty(self.world_size * len(value), *value.shape[1:])
                     all_gather(shares, value, self.world_size)()
-                    value = (value if self.world_size == 1 else shares)[:units]
+                    value = shares[:units].cpu()  # a GPU may have no room for all of them
                 whole[f"{type(self).__name__}.{i}.{name}"] = torch.as_tensor(value)
         return whole
 
@@ -1605,6 +1615,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if kind == type(self).__name__:
                 group, flat = self.param_groups[int(i)], self.flats[int(i)]
                 if value.ndim:
+                    units = sum(p.numel() for p in group["params"]) // flat[0].numel()
+                    if len(value) != units:
+                        raise ValueError(f"{key} is of {len(value)} units instead of {units}")
                     flat_value = self.flatten([value], group["unit_ndim"])
                     value = self.share(flat_value).to(flat.device, copy=True)
                 self.state[group["params"][0]][name] = value if value.ndim else value.item()
@@ -1989,12 +2002,20 @@ class Log:
         self.path, self.pending, self.print = None, [], print
 
     def create(self, path: Path, go_on: bool = False) -> bool:
-        """Whether the file is new. RunError if it cannot be written, or is there and not to go on.
+        """Whether the file is new. RunError if it cannot be written, or is there and not to go on,
+        or if another process has it.
         """
         is_new = not (go_on and path.is_file())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("x" if is_new else "a").close()
+            self.lock = path.open("xb" if is_new else "ab+")  # held to the end
+            lock_file(self.lock)
+            if not is_new and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                self.lock.write(b"\n")  # whoever wrote the last line was killed
+            self.lock.flush()
+        except BlockingIOError:
+            raise RunError(f"{path} is being written by another process, which trains this "
+                           f"run") from None
         except OSError as error:
             if path.is_file() and is_new:
                 raise RunError(f"{path} exists already; choose another --run_id") from None
@@ -2032,6 +2053,24 @@ class Log:
             print(f"error: {self.path} lacks its last {len(self.pending)} entries; they stand "
                   f"above", file=sys.stderr)
         return 1 if self.pending else 0
+
+
+def has_verdict(path: Path) -> bool:
+    """Whether the log of a run has its last line."""
+    return path.is_file() and bool(re.search(
+        r"^target \S+ of track", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE))
+
+
+def lock_file(file) -> None:
+    """BlockingIOError if another process has locked it; nothing where files cannot be locked."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):
+        pass
 
 
 def describe_machine(device: torch.device) -> str:
@@ -2112,7 +2151,8 @@ class Progress:
         self.clock, self.wandb = clock, wandb
         self.train_losses: list[float] = []
         self.val_losses: list[tuple[int, float]] = []
-        self.unread, self.reached, self.ended_early = None, None, False
+        self.unread, self.reached = None, None
+        self.marks: list[str] = []  # why the run is no record, besides the track's reasons
         self.tokens, self.stop_votes = 0, 0.0
         self.bar = None
         if ranks.rank == 0 and sys.stdout.isatty():
@@ -2125,6 +2165,7 @@ class Progress:
                     reached=self.reached)
 
     def load_state(self, state: dict) -> None:
+        self.marks.append("resumed")
         self.train_losses, self.reached = state["train_losses"], state["reached"]
         self.val_losses = [tuple(pair) for pair in state["val_losses"]]
         self.tokens = sum(map(self.args.batch_size_at, range(len(self.train_losses))))
@@ -2138,7 +2179,7 @@ class Progress:
                 f"step_avg:{1000 * seconds / max(1, step):.2f}ms")
 
     def queued(self, result: Tensor) -> None:
-        """One more step was queued; `result` is what it will find: its loss, and votes to stop."""
+        """One more step was queued; `result` will be its loss, and perhaps the votes to stop."""
         result_and_stamp = copy_to_cpu(result), self.clock.stamp()
         self.finish_step()
         self.unread = result_and_stamp
@@ -2149,7 +2190,8 @@ class Progress:
             return
         (result, stamp), self.unread = self.unread, None
         seconds = self.clock.at(stamp)
-        loss, self.stop_votes = result.tolist()
+        loss, *votes = result.flatten().tolist()
+        self.stop_votes = sum(votes)
         step = len(self.train_losses) + 1
         self.check_finite("train loss", loss, step)
         self.train_losses.append(loss)
@@ -2209,11 +2251,9 @@ class Progress:
         else:
             verdict = (f"target {args.target} of track {args.track} not reached: "
                        f"{self.outcome(*self.val_losses[-1])}")
-        reasons = reasons_not_a_record(args, self.ranks.world_size)
-        if self.ended_early:
-            reasons.append("stopped early")
-            self.log("not a record: stopped early")
-        if reasons:
+        for mark in self.marks:
+            self.log(f"not a record: {mark}")
+        if reasons := reasons_not_a_record(args, self.ranks.world_size) + self.marks:
             verdict += f"; not a record: {'; '.join(reasons)}"
         self.log(verdict, console=True)
         if self.log.path:
@@ -2297,13 +2337,27 @@ def read_state(folder: Path) -> dict:
     if not is_ours or not {"step", "files", "hyperparameters"} <= state.keys():
         raise RunError(f"{folder} is not a checkpoint of this script: its {STATE_FILE} should say "
                        f"{CHECKPOINT_FORMAT!r}")
+    if state.pop("sha256", None) != hash_state(state):
+        raise RunError(f"{folder / STATE_FILE} was damaged or edited: its SHA-256 does not fit")
     return state
+
+
+def write_state(folder: Path, state: dict) -> None:
+    """What `read_state` reads, with a hash by which it notices damage."""
+    text = json.dumps(state | dict(sha256=hash_state(state)), indent=1)
+    (folder / STATE_FILE).write_text(text, encoding="utf-8")
+
+
+def hash_state(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def read_tensors(folder: Path, name: str, state: dict) -> dict[str, Tensor]:
     """Tensors of a file of the checkpoint, which can hold no code. RunError if it is damaged."""
     path, expected = folder / name, state["files"].get(name)
-    if expected is None or not path.is_file():
+    if expected is None:
+        raise RunError(f"{folder} has no {name}: an exported model can be used, but not go on")
+    if not path.is_file():
         raise RunError(f"{path} is missing")
     if (found := path.stat().st_size) != expected["bytes"]:
         raise RunError(f"{path} has {found:,} bytes instead of {expected['bytes']:,}")
@@ -2334,7 +2388,7 @@ def open_checkpoint(run: str, log_dir: str = "logs", model_only: bool = False) -
             model = read_tensors(folder, MODEL_FILE, state)
             optimizer = {} if model_only else read_tensors(folder, OPTIMIZER_FILE, state)
             return Checkpoint(folder, state, model, optimizer, notes)
-        except RunError as error:
+        except (RunError, OSError, safetensors.SafetensorError) as error:
             notes.append(f"left out a checkpoint: {error}")
     raise RunError(f"{'; '.join(notes)}; no whole checkpoint is left" if notes
                    else no_checkpoint(run, log_dir))
@@ -2356,7 +2410,7 @@ def saved_hyperparameters(state: dict) -> dict:
 def load_run(
     run: str, device: torch.device, log_dir: str = "logs"
 ) -> tuple[GPT, tuple[int, int], dict]:
-    """The model of a run, its attention windows, and the state of the checkpoint.
+    """The model of a run, its attention windows, and the state of the checkpoint, with its "run".
 
     `run` is a run_id, `latest`, or the path of a checkpoint or of an exported model. The model does
     without 8-bit floats and kernels of ours, so that batches of any size fit, and on a CPU it has
@@ -2378,6 +2432,7 @@ def load_run(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(f"{folder} does not fit this script's model: {error}") from None
+    state["run"] = (folder.resolve().parent if folder.name.startswith("step_") else folder).name
     return model, attention_windows(state["step"], args), state
 
 
@@ -2387,6 +2442,25 @@ def run_facts(args: Hyperparameters, shards: list[ShardInfo]) -> dict:
         format=CHECKPOINT_FORMAT, hyperparameters=dataclasses.asdict(args),
         source=hashlib.sha256(read_source(args).encode()).hexdigest(),
         data=[[shard.path.name, shard.num_bytes, shard.sha256] for shard in shards])
+
+
+def data_position(shards: list[ShardInfo], step: int, args: Hyperparameters) -> dict:
+    """Where the rows of a step begin, for people: steps alone tell a run that goes on."""
+    left, first = skip_shards(shards, step, args)
+    if not left:
+        return {}
+    rows = rows_of_steps(left[0].num_rows, first, args)[step - first]
+    return dict(shard=left[0].path.name, row=rows.start)
+
+
+def check_ranks_have(checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """RunError if the ranks have opened different checkpoints."""
+    if ranks.world_size > 1:
+        found = [None] * ranks.world_size
+        dist.all_gather_object(found, checkpoint.state["files"])
+        if any(files != found[0] for files in found):
+            raise CollectiveError("the ranks found different checkpoints; the folder of the run "
+                                  "has to be the same one on all machines")
 
 
 def check_same_run(state: dict, facts: dict, args: Hyperparameters) -> list[str]:
@@ -2404,7 +2478,7 @@ def check_same_run(state: dict, facts: dict, args: Hyperparameters) -> list[str]
 
 def save_checkpoint(
     checkpoints: "Checkpoints", facts: dict, step: int, model: GPT,
-    optimizers: list[ShardedOptimizer], progress: Progress, ranks: Ranks,
+    optimizers: list[ShardedOptimizer], progress: Progress, position: dict, ranks: Ranks,
 ) -> None:
     """Begin to write a checkpoint. All ranks have to call it; the clock has to stand still."""
     total = torch.stack([p.detach().sum() for p in model.parameters()]).sum().item()
@@ -2422,7 +2496,7 @@ def save_checkpoint(
         tensors = {MODEL_FILE: model.state_dict(), OPTIMIZER_FILE: optimizer}
         checkpoints.save(tensors, facts | progress.state() | dict(
             step=step, train_time=progress.clock.seconds, rng=rng,
-            lr_multiplier=lr_multiplier(step, progress.args),
+            position=position, lr_multiplier=lr_multiplier(step, progress.args),
             attention_windows=attention_windows(step, progress.args)))
 
 
@@ -2432,6 +2506,13 @@ def restore(
 ) -> int:
     """Put everything back to where the checkpoint was made; returns its step."""
     state, device = checkpoint.state, ranks.device
+    if state["step"] > progress.args.train_steps:
+        raise CollectiveError(f"{checkpoint.folder} is past --train_steps "
+                              f"{progress.args.train_steps}")
+    kinds = {key.split(".")[0] for key in checkpoint.optimizer}
+    if kinds != {type(optimizer).__name__ for optimizer in optimizers}:
+        raise CollectiveError(f"{checkpoint.folder} has the state of {', '.join(sorted(kinds))}; "
+                              f"the run cannot go on with another --optimizer")
     try:
         model.load_state_dict(checkpoint.model)
         for optimizer in optimizers:
@@ -2448,7 +2529,8 @@ def restore(
     clock.seconds = state["train_time"]
     progress.load_state(state)
     progress.log(f"resumed: step {state['step']} of {progress.args.train_steps}, after "
-                 f"{clock.seconds:.3f}s, from {checkpoint.folder}", console=True)
+                 f"{clock.seconds:.3f}s, from {checkpoint.folder}, on {ranks.world_size} ranks",
+                 console=True)
     progress.log(describe_machine(device))
     return state["step"]
 
@@ -2505,16 +2587,30 @@ class Checkpoints:
             safetensors.torch.save_file(tensors, unfinished / name)
             state["files"][name] = dict(bytes=(unfinished / name).stat().st_size,
                                         sha256=hash_file(unfinished / name))
-        (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_state(unfinished, state)
         for written in (*unfinished.iterdir(), unfinished):
             flush(written)
+        aside = self.folder / f".{path.name}.old.unfinished"
         if path.exists():  # from before the run was resumed
-            shutil.rmtree(path)
+            path.rename(aside)
         unfinished.rename(path)
         flush(self.folder)
-        for old in by_age(self.folder)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.unfinished")))
+        shutil.rmtree(aside, ignore_errors=True)
+        others = [old for old in by_age(self.folder) if old != path]
+        for old in others[: 1 - KEPT_CHECKPOINTS]:
+            shutil.rmtree(old.rename(aside))
         return path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.finish()
+
+    def look(self) -> None:
+        """Log what became of the checkpoint that was being written, if that is known."""
+        if self.writing and self.writing.done():
+            self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and log what became of it."""
@@ -2721,14 +2817,19 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
     attention_name, attention = choose_attention(args, ranks.device)
     train_shards, val_shards = on_first_rank(lambda: plan_data(args), ranks)
     run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.recipe}-seed{args.seed}"
+    log_path = Path(args.log_dir) / f"{run_id}.txt"
     facts = run_facts(args, [*train_shards, *val_shards])
     checkpoint = open_checkpoint(args.resume, args.log_dir) if args.resume else None
     if checkpoint:
-        run_id = checkpoint.folder.parent.name
+        folder = checkpoint.folder.resolve().parent  # its log stands beside it
+        run_id, log_path = folder.name, Path(os.path.relpath(f"{folder}.txt"))
+        check_ranks_have(checkpoint, ranks)
+        if checkpoint.state["step"] == args.train_steps and has_verdict(log_path):
+            raise CollectiveError(f"{run_id} has ended already, at step {args.train_steps}; to "
+                                  f"train it further: more --train_steps, and --resume_anyway")
         notes += checkpoint.notes + check_same_run(checkpoint.state, facts, args)
-    log_path = Path(args.log_dir) / f"{run_id}.txt"
-    is_new = on_first_rank(lambda: log.create(log_path, go_on=bool(checkpoint)), ranks)
     encoding = load_encoding() if args.sample_every else None
+    is_new = on_first_rank(lambda: log.create(log_path, go_on=bool(checkpoint)), ranks)
 
     torch.manual_seed(args.seed)
     model = GPT(args, attention).to(ranks.device)
@@ -2755,6 +2856,8 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, model, optimizers, clock, progress, ranks)
+        checkpoint.model.clear()  # or they would stay in memory, and on the disk
+        checkpoint.optimizer.clear()
     shards, shard_step = skip_shards(train_shards, first_step, args)
     batches = prefetch(train_batches([shard.path for shard in shards], args, ranks, shard_step,
                                      first_step))
@@ -2765,38 +2868,41 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
         bias = args.unigram_power * log_frequencies(train_shards[0].path, args.vocab_size)
         model.logit_bias.copy_(bias)
     stop.waits = args.save_on_exit
-    for step in range(first_step, args.train_steps + 1):
-        is_last, is_stopped = step == args.train_steps, progress.stop_votes > 0
-        validates = is_due(step, args.val_loss_every or -1, args)
-        samples = is_due(step, args.sample_every, args)
-        saves = is_due(step, args.save_every, args)
-        if validates or samples or saves or is_stopped:
-            progress.finish_step()
-            clock.stop()
-            windows = attention_windows(step, args)
-            if validates and not progress.has_validated(step):
-                progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
-            if samples and ranks.rank == 0:
-                text = write_sample(model, windows, encoding, args.seed)
-                log(f"sample: step {step}: {text!r}", console=True)
-            progress.ended_early = bool(args.stop_at_target and progress.reached) and not is_last
-            saves = saves or is_stopped or progress.ended_early and args.save_every
-            if saves and step > first_step:
-                save_checkpoint(checkpoints, facts, step, model, optimizers, progress, ranks)
-            if is_last or is_stopped or progress.ended_early:
-                break
-            clock.start()
-        loss = train_step(compiled, optimizers, next(batches), step, args, ranks)
-        progress.queued(torch.stack([loss, stop.count_votes(ranks)]))
-    checkpoints.finish()
-    if ends := not is_stopped or is_last:
+    with checkpoints:
+        for step in range(first_step, args.train_steps + 1):
+            is_last, is_stopped = step == args.train_steps, progress.stop_votes > 0
+            validates = is_due(step, args.val_loss_every or -1, args)
+            samples = is_due(step, args.sample_every, args)
+            saves = is_due(step, args.save_every, args)
+            if validates or samples or saves or is_stopped:
+                progress.finish_step()
+                clock.stop()
+                windows, is_early = attention_windows(step, args), False
+                if validates and not progress.has_validated(step):
+                    progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
+                if samples and ranks.rank == 0:
+                    text = write_sample(model, windows, encoding, args.seed)
+                    log(f"sample: step {step}: {text!r}", console=True)
+                if args.stop_at_target and progress.reached and not is_last:
+                    progress.marks.append("stopped early")
+                    is_early, saves = True, bool(args.save_every)
+                if (saves or is_stopped) and step > first_step:
+                    save_checkpoint(checkpoints, facts, step, model, optimizers, progress,
+                                    data_position(train_shards, step, args), ranks)
+                if is_last or is_stopped or is_early:
+                    break
+                clock.start()
+            loss = train_step(compiled, optimizers, next(batches), step, args, ranks)
+            progress.queued(stop.add_votes(loss, ranks))
+            checkpoints.look()
+    if is_last or not is_stopped:
         check_ranks_agree(model, ranks)
         progress.summarize(peak_memory(ranks.device))
     if checkpoints.problem:
-        raise RunError(f"{checkpoints.problem}; the log is whole")
-    if not ends:
+        raise RunError(f"{checkpoints.problem}; the training and its log are whole")
+    if is_stopped and not is_last:
         log(f"go on with: --resume {run_id}", console=True)
-        stop.end()
+        raise stop.kind
 
 
 def is_due(step: int, every: int, args: Hyperparameters) -> bool:
@@ -2827,22 +2933,27 @@ class StopSignal:
 
     def __init__(self):
         self.waits, self.asked = False, False
+        self.kind = Terminated  # also where another rank was asked
 
     def __call__(self, signum, frame) -> None:
         self.kind = KeyboardInterrupt if signum == signal.SIGINT else Terminated
         if not self.waits:
             raise self.kind
+        if not self.asked:
+            os.write(2, b"stopping after this step, once all is saved\n")
         self.asked = True
 
-    def count_votes(self, ranks: Ranks) -> Tensor:
-        """How many ranks were asked, (), on the device, so that all find out at the same step."""
-        votes = torch.zeros((), device=ranks.device).fill_(float(self.asked))
-        if self.waits and ranks.world_size > 1:
-            dist.all_reduce(votes)
-        return votes
+    def add_votes(self, loss: Tensor, ranks: Ranks) -> Tensor:
+        """The loss and how many ranks were asked, (2,), so that all find out at the same step.
 
-    def end(self) -> None:
-        raise getattr(self, "kind", Terminated)  # without one, another rank was asked
+        The loss alone if nothing `waits`, which costs nothing.
+        """
+        if not self.waits:
+            return loss
+        votes = torch.full((), float(self.asked), device=ranks.device)
+        if ranks.world_size > 1:
+            dist.all_reduce(votes)
+        return torch.stack([loss, votes])
 
 
 def main() -> int:

@@ -9,9 +9,10 @@ The score by which nanochat's "time to GPT-2" is ranked: with its evaluation, GP
 parameters has 0.256525, and that of 124M about 0.11. The tasks are the bundle's: core.yaml names
 them, eval_meta_data.csv their random baselines, and eval_data/ has their examples; the bundle is
 downloaded, or given with --bundle. Accuracies are centred, (accuracy - baseline) / (1 - baseline),
-and averaged. Prompts and the drawing of solved examples follow nanochat's, but for two things:
+and averaged. Prompts and the drawing of solved examples follow nanochat's, but for three things:
 where a prompt is longer than the model's rows (see "cut"), what is left still begins with a
-document's start; and with --max_examples solved examples still come from the whole task.
+document's start; with --max_examples solved examples still come from the whole task; and of a
+choice that is the beginning of another, one token is scored.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import json
 import math
 import random
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +73,7 @@ def find_bundle() -> Path:
         try:
             zipfile.ZipFile(archive).extractall(unpacked)
             (unpacked / "eval_bundle").rename(folder)
+            shutil.rmtree(unpacked)
         except (OSError, zipfile.BadZipFile) as error:
             raise RunError(f"cannot unpack {archive} ({error}); remove it and try again, or give "
                            f"the unpacked folder with --bundle FOLDER") from None

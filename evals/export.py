@@ -11,7 +11,6 @@ adds to it; nothing is ever deleted there. It needs a login: `hf auth login`, or
 
 import argparse
 import hashlib
-import json
 import re
 import shutil
 import sys
@@ -26,7 +25,7 @@ from check import cell, check
 from logs import LogError, Run, read_log, source_files
 
 import train_gpt
-from train_gpt import FREE_TO_DIFFER, MODEL_FILE, STATE_FILE, Checkpoint, Hyperparameters, RunError
+from train_gpt import FREE_TO_DIFFER, MODEL_FILE, Checkpoint, Hyperparameters, RunError
 
 LEFT_OUT = {"train_losses", "val_losses", "rng"}  # of the state: only training needs them
 CURVE_ROWS = 8  # validations in the model card
@@ -54,7 +53,7 @@ In the repository of the speedrun, with the path of this folder:
 
     python evals/sample.py FOLDER "Once upon a time"
 
-From Python, with its `train_gpt.py`:
+From Python, with `train_gpt.py`:
 
     model, windows, state = train_gpt.load_run("FOLDER", torch.device("cpu"))
     tokens = train_gpt.generate(model, windows, prompt, count)
@@ -77,13 +76,14 @@ A prompt is a list of tokens, the first of which is 50256, <|endoftext|>.
 
 def find_log(folder: Path) -> tuple[list[Run], str]:
     """The runs in the log of a checkpoint's run, or none and why."""
+    folder = folder.resolve()
     path = folder.parent.with_name(f"{folder.parent.name}.txt")
     if not folder.name.startswith("step_") or not path.is_file():
         return [], "there is no log of the run beside its checkpoints"
     try:
         return read_log(path), ""
     except LogError as error:
-        return [], str(error)
+        return [], str(error).replace(str(path), path.name)
 
 
 def find_source(state: dict, runs: list[Run]) -> str | None:
@@ -136,6 +136,7 @@ def model_card(
     hardware = "unknown"
     if runs and runs[0].hardware:
         hardware = f"{runs[0].world_size or '?'} x {runs[0].hardware}, torch {runs[0].torch}"
+    resumed = ", resumed" if runs and runs[0].lines("resumed: ") else ""
     count = min(len(curve), CURVE_ROWS)  # evenly over the run, the first and the last among them
     chosen = [curve[round(i * (len(curve) - 1) / max(1, count - 1))] for i in range(count)]
     is_fineweb = all(re.fullmatch(FINEWEB, shard) for shard, _, _ in state["data"])
@@ -144,11 +145,11 @@ def model_card(
         facts=table(
             ("fact", "value"), ("track, recipe", f"{args.track}, {args.recipe}"),
             ("step", f"{state['step']:,} of {args.train_steps:,}"), ("val_loss", val_loss),
-            ("train_time", f"{state['train_time']:.1f} s"), ("hardware", hardware),
+            ("train_time", f"{state['train_time']:.1f} s{resumed}"), ("hardware", hardware),
             ("training tokens", f"{tokens:,}"), ("validation tokens", f"{args.val_tokens:,}"),
             ("weights", f"{numbers:,} numbers, {dtype}"),
             ("source", "train_gpt.py" if has_source else "not here: it could not be found"),
-            ("record", verdict)),
+            ("records/check.py", verdict)),
         curve=table(("step", "val_loss"), *((f"{step:,}", f"{loss:.5f}") for step, loss in chosen)),
         data=table(("shard", "bytes", "SHA-256"), *state["data"]),
         settings=table(("name", "value"), *state["hyperparameters"].items()))
@@ -169,8 +170,8 @@ def export(run: str, folder: Path, dtype: str, log_dir: str) -> str:
     # Where things are on this machine is nobody's business.
     settings = {name: value for name, value in state["hyperparameters"].items()
                 if name not in FREE_TO_DIFFER or name in ("run_id", "data_path")}
-    if (data := Path(settings["data_path"])).is_absolute():
-        settings["data_path"] = data.name
+    if settings["data_path"] not in {track["data_path"] for track in train_gpt.TRACKS.values()}:
+        settings["data_path"] = Path(settings["data_path"]).name
     state["hyperparameters"] = settings
     verdict = find_verdict(state, runs, problem, source)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +187,7 @@ def export(run: str, folder: Path, dtype: str, log_dir: str) -> str:
     file = dict(bytes=path.stat().st_size, sha256=train_gpt.hash_file(path))
     exported = {name: value for name, value in state.items() if name not in LEFT_OUT}
     exported["files"] = {MODEL_FILE: file}
-    (folder / STATE_FILE).write_text(json.dumps(exported, indent=1), encoding="utf-8")
+    train_gpt.write_state(folder, exported)
     return verdict
 
 

@@ -59,6 +59,9 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"<|endoftext|> is token {encoding.eot_token:,} of the vocabulary "
                          f"{encoding.name}, but should be {DOCUMENT_START:,}, and the model knows "
                          f"{model.args.vocab_size:,} tokens; give a --vocab_dir that fits")
+    if len(prompt) + args.tokens > (most := len(model.rotary.cos)):
+        raise ValueError(f"{len(prompt)} tokens and {args.tokens} more are too many: the model was "
+                         f"trained on rows of {most} tokens; ask for fewer --tokens")
     for seed in range(args.seed, args.seed + args.n):
         if args.n > 1:
             print(f"--- sample {seed - args.seed + 1}, seed {seed}")
@@ -93,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--vocab_dir", type=Path, help="folder of encoder.json and vocab.bpe (default: download)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add("--log_dir", default="logs", help="folder of the runs (default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # the prompt may come last
     for name, low, high in (("tokens", 1, 2**31), ("temperature", 0, 1e9), ("top_k", 0, 2**31),
                             ("top_p", 0, 1), ("seed", 0, 2**62), ("n", 1, 2**31)):
         if not low <= getattr(args, name) <= high:

@@ -209,7 +209,9 @@ def read_jsonl(path: Path, *fields: str) -> list[dict]:
                 records.append(json.loads(line))
                 if missing := [field for field in fields if field not in records[-1]]:
                     raise ValueError(f"line {number} has no {' and no '.join(missing)}")
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
         raise RunError(f"{path} is not as expected: {error}") from None
     if not records:
         raise RunError(f"{path} is empty")
@@ -226,8 +228,9 @@ def download(url: str, path: Path, advice: str) -> Path:
             urllib.request.urlretrieve(url, part)
             part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise RunError(f"could not download {url} ({error}); {advice}") from None
+        finally:
+            part.unlink(missing_ok=True)
     return path
 
 
@@ -238,7 +241,8 @@ def main(parser: argparse.ArgumentParser, argv: list[str] | None, evaluate: Call
     `judged(count, make, judge, title)` is `judge_examples` with the model.
     """
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run_id, `latest`, or the folder of a checkpoint")
+    add("run", metavar="RUN",
+        help="a run_id, `latest`, or the folder of a checkpoint or of an exported model")
     add("--log_dir", default="logs", help="folder of the logs (default: %(default)s)")
     add("--max_examples", type=int, default=0, help="the first so many; 0: all (default)")
     add("--batch_tokens", type=int, default=0,
@@ -258,14 +262,16 @@ def main(parser: argparse.ArgumentParser, argv: list[str] | None, evaluate: Call
         lines, numbers = evaluate(args, encoding, partial(judge_examples, scorer, ranks), ranks)
         val_loss = state["val_losses"][-1][1] if state.get("val_losses") else None
         seconds = time.perf_counter() - started
-        facts = dict(run=args.run, step=state["step"], val_loss=val_loss, seconds=seconds)
+        facts = dict(run=state["run"], step=state["step"], val_loss=val_loss, seconds=seconds)
         if ranks.rank == 0:
             print(*lines, sep="\n")
-            print(f"run {args.run}, step {state['step']}, "
+            print(f"run {state['run']}, step {state['step']}, "
                   f"val_loss {'unknown' if val_loss is None else f'{val_loss:.5f}'}; "
                   f"{seconds:.1f} s")
             if args.json:
                 args.json.write_text(json.dumps(facts | numbers, indent=1) + "\n", encoding="utf-8")
+        if ranks.world_size > 1:
+            dist.barrier()  # gloo has been seen to abort at the end; by now all is written
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:

@@ -151,10 +151,98 @@ def test_saving_changes_nothing(tmp_path, whole, data):
     same_end(run_main(tmp_path, *OPTIONS, f"--data_path={data}"), whole)
 
 
-def test_a_finished_run_that_goes_on_says_how_it_ended(tmp_path, whole, data):
+def test_a_run_that_was_killed_at_its_end_gets_its_verdict_and_a_finished_one_is_left_alone(
+    tmp_path, whole, data
+):
     run = go_on(tmp_path, whole, 9, f"--data_path={data}")
+    assert run.status == 1 and "run has ended already, at step 9" in run.err
+    assert run.log == whole.log
+    run.path.write_text(whole.log[: whole.log.index("\npeak memory: ")])  # without its last "\n"
+    run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}")
     same_end(run, whole)
-    assert "not reached: val_loss" in run.out
+    assert "not reached: val_loss" in run.out and "\nnot a record: resumed\n" in run.log
+    assert "\nresumed: step 9 of 9" in run.log
+
+
+def test_what_was_meant_once_has_to_be_meant_again(tmp_path, whole, data):
+    run = go_on(tmp_path, whole, 5, f"--data_path={data}", "--matrix_lr=0.01", "--resume_anyway",
+                "--save_every=-1")
+    assert run.status == 0, run.err
+    run.path.write_text(run.log.replace("\ntarget ", "\n"))
+    run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}", "--matrix_lr=0.02")
+    assert run.status == 1 and "matrix_lr is 0.02 instead of 0.01" in run.err
+
+
+def test_a_new_checkpoint_is_kept_although_others_are_of_tomorrow(tmp_path, whole, data):
+    shutil.copytree(whole.path.parent, tmp_path / "logs")
+    saved = tmp_path / "logs" / "run"
+    for path in checkpoints(whole)[5:]:
+        shutil.rmtree(saved / path.name)
+    for path in saved.glob("step_*"):
+        os.utime(path, (2e9, 2e9))
+    run = run_main(tmp_path, f"--resume={saved / 'step_000005'}", *OPTIONS, f"--data_path={data}",
+                   "--save_every=-1")
+    assert run.status == 0, run.err
+    assert (saved / "step_000009").is_dir()
+
+
+def test_a_checkpoint_holds_what_was_when_it_was_made(tmp_path, whole, data):
+    """Although it is written later, while the training goes on."""
+    save_file = train_gpt.safetensors.torch.save_file
+
+    def write_slowly(tensors, path):
+        time.sleep(0.2)
+        save_file(tensors, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.safetensors.torch, "save_file", write_slowly)
+        run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--save_every=1",
+                       KEPT_CHECKPOINTS=99)
+    assert run.status == 0, run.err
+    for found, expected in zip(checkpoints(run), checkpoints(whole), strict=True):
+        states = [train_gpt.read_state(folder)["files"] for folder in (found, expected)]
+        assert states[0] == states[1]
+
+
+def test_the_clock_stands_still_while_a_checkpoint_is_made(tmp_path, data):
+    copy = train_gpt.Checkpoints.copy
+
+    class Slow(train_gpt.Checkpoints):
+        def copy(self, *arguments):
+            time.sleep(1)
+            return copy(self, *arguments)
+
+    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--save_every=1", Checkpoints=Slow)
+    [last] = re.findall(r"^step:9/9 train_time:(\d+)ms", run.log, re.MULTILINE)
+    assert int(last) < 9_000  # it was made 9 times, of 2 files each
+
+
+def test_a_run_goes_on_under_its_own_name_beside_its_own_log(tmp_path, whole, data, capsys):
+    moved = tmp_path / "elsewhere" / "logs"
+    shutil.copytree(whole.path.parent, moved)
+    for path in checkpoints(whole)[5:]:
+        shutil.rmtree(moved / "run" / path.name)
+    run_main(tmp_path, f"--resume={moved / 'run'}", *OPTIONS, f"--data_path={data}")
+    assert "\nresumed: step 5" in (moved / "run.txt").read_text()
+    assert not list((tmp_path / "logs").glob("*.txt"))
+    with pytest.raises(SystemExit):
+        train_gpt.parse_hyperparameters([f"--resume={moved / 'run'}", "--run_id=fork"])
+    assert "--resume goes on as run" in capsys.readouterr().err
+    for name in ("a/b", ".hidden"):
+        with pytest.raises(SystemExit):
+            train_gpt.parse_hyperparameters([*TINY, f"--run_id={name}"])
+        assert "must be the name of a file" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_go_on_with_one_run(tmp_path, whole, data):
+    fcntl = pytest.importorskip("fcntl")
+    shutil.copytree(whole.path.parent, tmp_path / "logs")
+    shutil.rmtree(tmp_path / "logs" / "run" / "step_000009")
+    with open(tmp_path / "logs" / "run.txt", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}")
+    assert run.status == 1 and "is being written by another process" in run.err
+    assert run.log == whole.log
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
@@ -181,6 +269,7 @@ def test_another_number_of_ranks_goes_on(tmp_path, data, before, after):
     (["--matrix_lr=0.01"], "matrix_lr is 0.01 instead of 0.05"),
     (["--train_steps=8"], "train_steps is 8 instead of 9"),
     (["--device_batch_size=256"], "device_batch_size is 256 instead of 128"),
+    (["--loss_chunk_size=32"], "loss_chunk_size is 32 instead of 64"),
 ])
 def test_another_setting_is_named_and_wants_to_be_meant(tmp_path, whole, data, options, words):
     run = go_on(tmp_path, whole, 5, f"--data_path={data}", *options)
@@ -211,9 +300,15 @@ def test_reports_may_differ(tmp_path, whole, data):
     assert run.train_losses == whole.train_losses
 
 
-def test_a_model_of_another_shape_is_refused(tmp_path, whole, data):
-    run = go_on(tmp_path, whole, 5, f"--data_path={data}", "--num_layers=3", "--resume_anyway")
-    check_failed(run, "does not fit this model")
+@pytest.mark.parametrize("option, words", [
+    ("--num_layers=3", "does not fit this model"),
+    ("--row_moments=false", "does not fit this model"),
+    ("--optimizer=adam", "another --optimizer"),
+    ("--train_steps=4", "is past --train_steps 4"),
+])
+def test_what_cannot_go_on_is_refused_even_so(tmp_path, whole, data, option, words):
+    run = go_on(tmp_path, whole, 5, f"--data_path={data}", option, "--resume_anyway")
+    check_failed(run, words)
 
 
 def test_no_checkpoint_is_told_with_those_that_there_are(tmp_path, whole, capsys):
@@ -260,8 +355,6 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(
     shutil.copytree(whole.path.parent, tmp_path / "logs")
     for path in checkpoints(whole)[5:]:
         shutil.rmtree(tmp_path / "logs" / "run" / path.name)
-    if file == "state.json" and spoil is flip_a_bit:
-        pytest.skip("a number may stay a number")
     spoil(tmp_path / "logs" / "run" / "step_000005" / file)
     run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}")
     same_end(run, whole)
@@ -406,6 +499,11 @@ def test_a_run_can_end_at_its_target_and_is_no_record(tmp_path, data):
     run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--stop_at_target", "--target=10.3",
                    "--val_loss_every=1", "--save_every=-1")
     assert run.status == 0, run.err
+    assert not list(run_main(tmp_path / "b", *OPTIONS, f"--data_path={data}", "--stop_at_target",
+                             "--target=10.3").path.parent.glob("*/"))
+    last = run_main(tmp_path / "c", *OPTIONS, f"--data_path={data}", "--stop_at_target",
+                    "--val_loss_every=0", "--target=10.3")
+    assert "reached: val_loss" in last.out and "not a record: stopped" not in last.out
     step, loss = run.val_losses[-1]
     assert loss <= 10.3 < run.val_losses[-2][1] and 0 < step < 9
     assert len(run.train_losses) == step

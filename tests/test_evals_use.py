@@ -188,6 +188,14 @@ def test_stream_text(vocab):
     assert "".join(sample.stream_text([START, START + 40], encoding)) == ""
 
 
+def test_the_prompt_may_come_last(any_run, vocab, capsys):
+    texts = []
+    for words in ((any_run, "ab", "--tokens", 5), (any_run, "--tokens", 5, "ab")):
+        assert call(sample, "--vocab_dir", vocab, "--temperature", 0, *words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("ab")
+
+
 def test_samples_have_seeds(any_run, vocab, capsys):
     options = [any_run, "ab", "--tokens", 20, "--top_k", 50, "--top_p", 0.9]
     assert call(sample, *options, "-n", 2, "--seed", 7, vocab=vocab) == 0
@@ -313,9 +321,9 @@ def measure(ranks, run: str, vocab: Path) -> dict:
 def test_bpb_on_two_ranks(val_run, vocab, tmp_path):
     """One row a rank; the figures are those of one process."""
     shutil.copytree(val_run.path, tmp_path / "run")
-    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    state = train_gpt.read_state(tmp_path / "run")
     state["hyperparameters"]["val_batch_size"] = val_run.tokens // 2
-    (tmp_path / "run" / "state.json").write_text(json.dumps(state))
+    train_gpt.write_state(tmp_path / "run", state)
     one = measure(ONE_RANK, str(val_run.path), vocab)
     for two in run_ranks(measure, 2, tmp_path / "ranks", str(tmp_path / "run"), vocab):
         for name in ("bpb", "val_loss", "tokens", "bytes"):
@@ -391,7 +399,7 @@ def test_export_of_a_run(trained, tmp_path, capsys):
     assert "| training tokens | 1,024 |" in card
     assert "| model_dim | 16 |" in card
     assert re.search(r"\| hardware \| 1 x CPU: .*torch", card) and "CPU: " in log
-    verdict = re.search(r"\| record \| (.*) \|", card)[1]
+    verdict = re.search(r"\| records/check.py \| (.*) \|", card)[1]
     assert verdict.startswith("not a record of sample: ") and "val tokens" in verdict
     assert "source" not in verdict  # what is exported is what the log begins with
     assert f"record: {verdict}" in capsys.readouterr().out
@@ -404,7 +412,7 @@ def test_export_takes_the_source_from_the_log(trained, tmp_path, monkeypatch):
     (tmp_path / "train_gpt.py").write_text("another")
     assert call(export, "latest", tmp_path / "a", "--log_dir", tmp_path / "logs") == 0
     assert (tmp_path / "a" / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
-    assert "source" not in re.search(r"\| record \| (.*) \|", read_card(tmp_path / "a"))[1]
+    assert "source" not in re.search(r"\| records/check.py \| (.*)", read_card(tmp_path / "a"))[1]
 
     log = tmp_path / "logs" / "a.run.txt"
     log.write_text(log.read_text().replace("import", "import ", 1))
@@ -414,7 +422,7 @@ def test_export_takes_the_source_from_the_log(trained, tmp_path, monkeypatch):
 
     log.unlink()
     assert call(export, "a.run", tmp_path / "c", "--log_dir", tmp_path / "logs") == 0
-    assert "| record | not checked: there is no log" in read_card(tmp_path / "c")
+    assert "| records/check.py | not checked: there is no log" in read_card(tmp_path / "c")
     assert "| hardware | unknown |" in read_card(tmp_path / "c")
 
 
@@ -433,11 +441,10 @@ def test_export_of_a_checkpoint_before_the_end(trained, tmp_path):
     """The verdict on the log is not one on these weights."""
     shutil.copytree(trained / "logs", tmp_path / "logs")
     folder = tmp_path / "logs" / "a.run" / "step_000004"
-    state = json.loads((folder / "state.json").read_text()) | dict(step=2)
-    (folder / "state.json").write_text(json.dumps(state))
+    train_gpt.write_state(folder, train_gpt.read_state(folder) | dict(step=2))
     assert call(export, folder, tmp_path / "out") == 0
     card = read_card(tmp_path / "out")
-    assert "| record | not checked: the log ends at step 4, the checkpoint is of 2 |" in card
+    assert "| not checked: the log ends at step 4, the checkpoint is of 2 |" in card
     assert "| step | 2 of 4 |" in card and "| training tokens | 512 |" in card
 
 
@@ -468,10 +475,20 @@ def test_export_names_no_folders_and_draws_a_short_curve(tmp_path):
     assert call(export, run, tmp_path / "out") == 0
     card, state = read_card(tmp_path / "out"), (tmp_path / "out" / "state.json").read_text()
     assert str(tmp_path) not in card + state
-    assert json.loads(state)["hyperparameters"]["data_path"] == "mine"
+    settings = json.loads(state)["hyperparameters"]
+    assert settings["data_path"] == "mine"
+    assert not {"log_dir", "wandb_name", "wandb_project", "resume"} & settings.keys()
     curve = card.partition("## Validation")[2].partition("## Data")[0]
     rows = re.findall(r"^\| (\d+) \| [\d.-]+ \|$", curve, re.MULTILINE)
     assert len(rows) == 8 and rows[0] == "0" and rows[-1] == "100"
+
+
+def test_export_does_not_tell_where_a_log_is_that_cannot_be_read(trained, tmp_path):
+    shutil.copytree(trained / "logs", tmp_path / "secret")
+    (tmp_path / "secret" / "a.run.txt").write_text("no run\n")
+    assert call(export, tmp_path / "secret" / "a.run", tmp_path / "out") == 0
+    card = read_card(tmp_path / "out")
+    assert "not checked: a.run.txt holds no run" in card and "secret" not in card
 
 
 def test_export_without_a_validation(tmp_path):
