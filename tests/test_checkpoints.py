@@ -204,6 +204,31 @@ def test_a_checkpoint_holds_what_was_when_it_was_made(tmp_path, whole, data):
         assert states[0] == states[1]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, data, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def note(descriptor):
+        flushed.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--save_every=-1")
+    *inside, last = (Path(path) for path in flushed)
+    assert last == run.path.with_suffix("")
+    assert {path.name for path in inside} == {
+        "model.safetensors", "optimizer.safetensors", "state.json", ".step_000009.unfinished"}
+
+
+def test_the_first_validation_under_the_target_is_still_the_one_after_going_on(tmp_path, data):
+    options = [*OPTIONS, f"--data_path={data}", "--target=10.3", "--val_loss_every=1"]
+    run = run_main(tmp_path, *options, "--save_every=1", KEPT_CHECKPOINTS=99)
+    pattern = re.compile(r"^target .* reached: (val_loss \S+ at step \d), ", re.MULTILINE)
+    [reached] = pattern.findall(run.log)
+    assert "at step 9" not in reached
+    again = go_on(tmp_path / "b", run, 8, *options[len(OPTIONS) :])
+    assert pattern.findall(again.log) == [reached] * 2
+
+
 def test_the_clock_stands_still_while_a_checkpoint_is_made(tmp_path, data):
     copy = train_gpt.Checkpoints.copy
 
@@ -520,13 +545,15 @@ def test_a_run_of_every_recipe_can_be_loaded(tmp_path, recipe):
     small = ("--model_dim=32 --num_layers=4 --num_heads=2 --row_length=64 --max_document_length=64 "
              "--batch_size=256 --device_batch_size=256 --val_batch_size=128 --val_row_length=0 "
              "--val_tokens=512 --train_steps=2 --loss_chunk_size=64 --dtype=float32 "
-             "--residual_dtype=float32 --compile=false --value_embeddings=1").split()
+             "--residual_dtype=float32 --compile=false --value_embeddings=1 --window_start=128 "
+             "--window_end=640").split()
     if "attention_dim" in train_gpt.RECIPES[recipe]:
         small.append("--attention_dim=16")
     run = run_main(tmp_path, f"--recipe={recipe}", *small, "--save_every=-1", "--run_id=run")
     assert run.status == 0, run.err
     model, windows, state = train_gpt.load_run("run", CPU, str(tmp_path / "logs"))
-    assert state["step"] == 2 and windows == train_gpt.attention_windows(2, model.args)
+    assert state["run"] == "run" and state["step"] == 2
+    assert windows == train_gpt.attention_windows(2, model.args)
     args = model.args
     rows = train_gpt.TokenRows(next((ROOT / "data/sample").glob("*_val_*")), args, training=False)
     loss = train_gpt.evaluate(model, [rows], args, windows, train_gpt.Ranks(0, 1, CPU))

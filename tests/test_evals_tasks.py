@@ -268,6 +268,9 @@ def test_the_two_accuracies_are_told_apart(place, monkeypatch):
     monkeypatch.setattr(scoring, "score", rigged)
     found = run(hellaswag.command_line, place, "--data", SAMPLE / "hellaswag.jsonl")
     assert (found["accuracy"], found["accuracy_sum"]) == (1.0, 0.0)
+    some = run(hellaswag.command_line, place, "--data", SAMPLE / "hellaswag.jsonl",
+               "--max_examples", 3)
+    assert some["accuracy_error"] == some["accuracy_sum_error"] == 0
 
 
 def test_some_stories_and_labels_that_are_text(place, tmp_path):
@@ -392,8 +395,10 @@ def test_core_is_what_a_plain_computation_finds(place, capsys, name):
     bundle = SAMPLE / "core_bundle"
     found = run(core.command_line, place, "--bundle", bundle, name=name)
     model, windows, _ = train_gpt.load_run(name, CPU, str(place / "logs"))
-    encoding, most, centered = load_encoding(place / "vocab"), len(model.rotary.cos), []
-    for task in core.read_tasks(bundle):
+    encoding, most = load_encoding(place / "vocab"), len(model.rotary.cos)
+    centered, errors, tasks = [], [], core.read_tasks(bundle)
+    assert [task.delimiter for task in tasks] == ["\nAnswer: ", " ", " "]
+    for task in tasks:
         examples, right, cut = core.read_examples(bundle, task), 0, 0
         for i, example in enumerate(examples):
             some = core.sequences(task, examples, i, encoding)
@@ -407,6 +412,10 @@ def test_core_is_what_a_plain_computation_finds(place, capsys, name):
         assert (result["accuracy"], result["cut"]) == (right / len(examples), cut)
         centered.append((right / len(examples) - task.baseline) / (1 - task.baseline))
         assert result["centered"] == pytest.approx(centered[-1])
+        share = right / len(examples)
+        errors.append((share * (1 - share) / len(examples)) ** 0.5 / (1 - task.baseline))
+        assert result["centered_error"] == pytest.approx(errors[-1])
+    assert found["mean_error"] == pytest.approx(np.linalg.norm(errors) / 3)
     assert found["mean"] == pytest.approx(np.mean(centered)) and not found["is_core"]
     assert (found["tasks"]["questions"]["cut"] == 6) == (name == "baseline")
     printed = capsys.readouterr().out
@@ -478,6 +487,7 @@ def test_the_bundle_is_downloaded_once_and_unpacked(tmp_path, monkeypatch):
         for path in (SAMPLE / "core_bundle").rglob("*.*"):
             archive.write(path, Path("eval_bundle") / path.relative_to(SAMPLE / "core_bundle"))
     assert len(core.read_tasks(core.find_bundle())) == 3
+    assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["eval_bundle"]
     (tmp_path / "b.zip").unlink()
     assert len(core.read_tasks(core.find_bundle())) == 3
 
