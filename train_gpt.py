@@ -337,7 +337,7 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
         parser.error(f"unknown option {' '.join(unknown)}{hint}")
 
     overrides = vars(given)
-    if "resume" in overrides:
+    if overrides.get("resume"):
         args = resumed_hyperparameters(overrides, parser)
         if problem := find_problem(args):
             parser.error(problem)

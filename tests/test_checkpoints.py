@@ -336,6 +336,11 @@ def test_what_cannot_go_on_is_refused_even_so(tmp_path, whole, data, option, wor
     check_failed(run, words)
 
 
+def test_an_empty_name_resumes_nothing():
+    assert train_gpt.parse_hyperparameters([*TINY, "--resume="]) == (
+        train_gpt.parse_hyperparameters(TINY))
+
+
 def test_no_checkpoint_is_told_with_those_that_there_are(tmp_path, whole, capsys):
     for argv, words in (
         (["--resume=other", f"--log_dir={whole.path.parent}"], "there are some of: run"),
