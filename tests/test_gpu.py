@@ -66,7 +66,10 @@ EIGHT_BITS = dict(triton_kernels=True, fp8_head=True, fp8_blocks=True)
 ALL_EIGHT_BITS = EIGHT_BITS | dict(fp8_gradients=True)
 
 
-def train_some_steps(compile: bool, steps: int = 6, **switches) -> list[float]:
+def train_some_steps(
+    compile: bool, steps: int = 6, writes: bool = False, **switches
+) -> list[float]:
+    """The losses; if it `writes`, a text between any two steps."""
     args = tiny_args(
         vocab_size=1000, row_length=128, max_document_length=64, batch_size=1024,
         device_batch_size=512, val_batch_size=512, window_start=128, window_end=256,
@@ -89,6 +92,9 @@ def train_some_steps(compile: bool, steps: int = 6, **switches) -> list[float]:
         documents = torch.arange(0, args.device_batch_size + 1, length, dtype=torch.int32)
         batches = [batch._replace(cu_seqlens=documents)] * args.grad_accum_steps(step, 1)
         losses.append(train_gpt.train_step(compiled, optimizers, batches, step, args, ranks).item())
+        if writes:
+            with train_gpt.sixteen_bits(model):
+                assert len(list(train_gpt.generate(model, (64, 128), [5], 20))) == 20
     clock.stop()
     assert clock.recompilations == 0
     assert clock.seconds > 0
@@ -98,6 +104,12 @@ def train_some_steps(compile: bool, steps: int = 6, **switches) -> list[float]:
 def test_sampling_the_vocabulary_compiles_nothing_after_the_warm_up():
     losses = train_some_steps(True, sampled_vocab=640, loss_chunk_size=128, **EIGHT_BITS)
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_texts_between_the_steps_change_no_loss_and_compile_nothing():
+    silent, writing = (train_some_steps(True, writes=writes, **ALL_EIGHT_BITS)
+                       for writes in (False, True))
+    assert writing == pytest.approx(silent, abs=0.02)
 
 
 @pytest.mark.parametrize("switches", [{}, NEWER, EIGHT_BITS, ALL_EIGHT_BITS],
