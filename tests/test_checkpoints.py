@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,16 +231,21 @@ def test_the_first_validation_under_the_target_is_still_the_one_after_going_on(t
 
 
 def test_the_clock_stands_still_while_a_checkpoint_is_made(tmp_path, data):
-    copy = train_gpt.Checkpoints.copy
+    """Each file takes another 1,000 seconds, by a clock that is put forward."""
+    copy, passed = train_gpt.Checkpoints.copy, [0.0]
 
     class Slow(train_gpt.Checkpoints):
         def copy(self, *arguments):
-            time.sleep(1)
+            passed[0] += 1000
             return copy(self, *arguments)
 
-    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--save_every=1", Checkpoints=Slow)
+    slow_time = SimpleNamespace(**vars(time) | dict(
+        perf_counter=lambda: time.perf_counter() + passed[0]))
+    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--save_every=4", Checkpoints=Slow,
+                   time=slow_time)
     [last] = re.findall(r"^step:9/9 train_time:(\d+)ms", run.log, re.MULTILINE)
-    assert int(last) < 9_000  # it was made 9 times, of 2 files each
+    assert passed == [6000] and int(last) < 1_000_000
+    assert "step_000009, for which the run waited 200" in run.log
 
 
 def test_a_run_goes_on_under_its_own_name_beside_its_own_log(tmp_path, whole, data, capsys):
