@@ -339,19 +339,22 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
     overrides = vars(given)
     if overrides.get("resume"):
         args = resumed_hyperparameters(overrides, parser)
-        if problem := find_problem(args):
-            parser.error(problem)
-        return args
+    else:
+        args = new_hyperparameters(overrides)
+    if problem := find_problem(args):
+        parser.error(problem)
+    return args
+
+
+def new_hyperparameters(overrides: dict) -> Hyperparameters:
+    """Those of the recipe and the track, but for the overrides."""
     default_track = "single-gpu" if torch.cuda.is_available() else "sample"
     track = overrides.get("track", default_track)
     recipe = overrides.get("recipe") or default_recipe(track)
     names = dict(track=track, recipe=recipe)
     if "batch_size" in overrides:  # it is asked for in place of the recipe's stages
         names["batch_stages"] = overrides.get("batch_stages", "")
-    args = Hyperparameters(**RECIPES[recipe] | TRACKS[track] | overrides | names)
-    if problem := find_problem(args):
-        parser.error(problem)
-    return args
+    return Hyperparameters(**RECIPES[recipe] | TRACKS[track] | overrides | names)
 
 
 def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) -> Hyperparameters:
@@ -1595,16 +1598,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         raise NotImplementedError
 
+    def num_units(self, i: int) -> int:
+        """Units of a group, without the padding."""
+        return sum(p.numel() for p in self.param_groups[i]["params"]) // self.flats[i][0].numel()
+
     def whole_state(self) -> dict[str, Tensor]:
         """The states of all ranks put together, by group and name. All ranks have to call it."""
         whole = {}
-        for i, (group, flat) in enumerate(zip(self.param_groups, self.flats, strict=True)):
-            units = sum(p.numel() for p in group["params"]) // flat[0].numel()  # without padding
+        for i, group in enumerate(self.param_groups):
             for name, value in self.state[group["params"][0]].items():
                 if isinstance(value, Tensor) and self.world_size > 1:
                     shares = value.new_empty(self.world_size * len(value), *value.shape[1:])
                     all_gather(shares, value, self.world_size)()
-                    value = shares[:units].cpu()  # a GPU may have no room for all of them
+                    # A GPU may have no room for all of them.
+                    value = shares[: self.num_units(i)].cpu()
                 whole[f"{type(self).__name__}.{i}.{name}"] = torch.as_tensor(value)
         return whole
 
@@ -1615,8 +1622,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if kind == type(self).__name__:
                 group, flat = self.param_groups[int(i)], self.flats[int(i)]
                 if value.ndim:
-                    units = sum(p.numel() for p in group["params"]) // flat[0].numel()
-                    if len(value) != units:
+                    if len(value) != (units := self.num_units(int(i))):
                         raise ValueError(f"{key} is of {len(value)} units instead of {units}")
                     flat_value = self.flatten([value], group["unit_ndim"])
                     value = self.share(flat_value).to(flat.device, copy=True)
@@ -1879,14 +1885,24 @@ def generate(
 
     They are drawn from exp(logits / temperature), only from the `top_k` likeliest tokens if it is
     not 0, and from the fewest that have `top_p` of the probability (Holtzman et al. 2020); with a
-    temperature of 0 it is the likeliest. RunError if the model cannot look that far.
+    temperature of 0 it is the likeliest. RunError, before the first, if the model cannot look that
+    far.
     """
-    device, length = model.head_weight.device, len(prompt) + count
-    if length > len(model.rotary.cos):
+    if len(prompt) + count > (most := len(model.rotary.cos)):
         raise RunError(f"{len(prompt)} tokens and {count} more are too many: the model was trained "
-                       f"on rows of {len(model.rotary.cos)} tokens; ask for fewer")
-    generator = torch.Generator(device).manual_seed(seed)
-    memory = Memory(1, length, device)
+                       f"on rows of {most} tokens; ask for fewer")
+    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
+    return draw_tokens(model, windows, prompt, count,
+                       partial(choose_token, temperature=temperature, top_k=top_k, top_p=top_p,
+                               generator=generator))
+
+
+def draw_tokens(
+    model: GPT, windows: tuple[int, int], prompt: list[int], count: int, choose: Callable
+) -> Iterator[int]:
+    """The tokens of `generate`; `choose` takes logits, (V,), and returns one of them, ()."""
+    device = model.head_weight.device
+    memory = Memory(1, len(prompt) + count, device)
     logits = next_logits(model, windows, torch.tensor([prompt], device=device).int(), memory)
     memory.position += len(prompt)
     memory.is_prompt = False
@@ -1902,7 +1918,7 @@ def generate(
             one_more = replayed(one_more, memory)
         if i:
             logits = one_more()
-        choice = choose_token(logits, temperature, top_k, top_p, generator)
+        choice = choose(logits)
         token.copy_(choice)
         yield choice.item()
         if choice.item() == DOCUMENT_START:

@@ -59,16 +59,13 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"<|endoftext|> is token {encoding.eot_token:,} of the vocabulary "
                          f"{encoding.name}, but should be {DOCUMENT_START:,}, and the model knows "
                          f"{model.args.vocab_size:,} tokens; give a --vocab_dir that fits")
-    if len(prompt) + args.tokens > (most := len(model.rotary.cos)):
-        raise ValueError(f"{len(prompt)} tokens and {args.tokens} more are too many: the model was "
-                         f"trained on rows of {most} tokens; ask for fewer --tokens")
     for seed in range(args.seed, args.seed + args.n):
+        tokens = generate(model, windows, prompt, args.tokens, args.temperature, args.top_k,
+                          args.top_p, seed)
         if args.n > 1:
             print(f"--- sample {seed - args.seed + 1}, seed {seed}")
         print(args.prompt, end="", flush=True)
         started, count = time.perf_counter(), -1  # the last text is of no token
-        tokens = generate(model, windows, prompt, args.tokens, args.temperature, args.top_k,
-                          args.top_p, seed)
         for text in stream_text(tokens, encoding):
             print(text, end="", flush=True)
             count += 1

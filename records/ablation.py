@@ -79,8 +79,8 @@ class Ablation(NamedTuple):
         """Standard deviation of a val_loss, without what the runs of a seed have in common.
 
         It is made from the rows with all of the control's seeds, of which there have to be two:
-        from medians, so that a row that does not train does not count. None if there are less than
-        four such rows.
+        from medians, so that a row that does not train does not count. None if there are fewer
+        than four such rows.
         """
         seeds = sorted({run.seed or "" for run in self.control.runs})
         rows = [[run.final_loss for run in sorted(group.runs, key=lambda run: run.seed or "")]

@@ -250,12 +250,9 @@ def _read_text(path: Path, content: bytes) -> list[Run]:
 def _read_runs(path: Path, source: str | None, text: str) -> Iterator[Run]:
     """The runs under one header. A new one starts where the steps start again, or are to be
     another number; but one that was resumed is one run, without what it did twice."""
-    lines = []
-    for line in text.split("\n"):
-        if resumed := RESUMED.match(line):
-            lines = [old for old in lines if not (place := STEP.match(old))
-                     or int(place[1]) <= int(resumed[1])]
-        lines.append(line)
+    lines = text.split("\n")
+    if "\nresumed: step " in text:
+        lines = _without_repeats(lines)
     notes = "\n".join([line for line in lines if line and not line.startswith("step:")])
     rows, damaged = _read_steps([line for line in lines if line.startswith("step:")])
     if not len(rows):
@@ -267,6 +264,17 @@ def _read_runs(path: Path, source: str | None, text: str) -> Iterator[Run]:
         yield Run(Path(path), 1, source, notes, train_steps, part[:, 0].astype(int), part[:, 2],
                   part[:, 3], part[:, 4], part[:, 5].astype(bool), damaged)
         damaged = []
+
+
+def _without_repeats(lines: list[str]) -> list[str]:
+    """The lines of a run that was resumed, without those of steps that it did again."""
+    kept = []
+    for line in lines:
+        if resumed := RESUMED.match(line):
+            kept = [old for old in kept if not (place := STEP.match(old))
+                    or int(place[1]) <= int(resumed[1])]
+        kept.append(line)
+    return kept
 
 
 def _read_steps(lines: list[str]) -> tuple[np.ndarray, list[str]]:

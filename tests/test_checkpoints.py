@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT, run_train, wait_for, write_tokens
-from test_runs import BLOWS_UP, TINY, Run, check_failed, run_main
+from test_runs import BLOWS_UP, TINY, Run, check_failed, more_data, run_main
 
 import train_gpt
 
@@ -490,7 +490,8 @@ def test_a_run_that_is_asked_to_stop_saves_itself_first(tmp_path, long_run, numb
 
 
 def test_all_ranks_stop_at_the_same_step_if_one_of_them_is_asked_to(tmp_path):
-    options = [*LONG, "--save_on_exit", "--train_steps=2000", f"--data_path={many(tmp_path)}",
+    options = [*LONG, "--save_on_exit", "--train_steps=2000",
+               f"--data_path={more_data(tmp_path / 'data')}",
                "--max_document_length=8", "--token_budget=999999999"]
     process, log = start(tmp_path, *options, nproc=2), tmp_path / "logs" / "run.txt"
     wait_for(process, lambda: log.exists() and "\nstep:5/2000 train_time" in log.read_text())
@@ -502,12 +503,6 @@ def test_all_ranks_stop_at_the_same_step_if_one_of_them_is_asked_to(tmp_path):
     [folder] = (tmp_path / "logs" / "run").glob("step_*")
     assert "go on with: --resume run" in log.read_text(), out
     assert len(train_gpt.read_state(folder)["rng"]) == 2
-
-
-def many(folder: Path) -> Path:
-    from test_runs import more_data
-
-    return more_data(folder / "data")
 
 
 def test_a_run_killed_ten_times_ends_as_one_that_was_not(tmp_path, long_run):
