@@ -2499,9 +2499,7 @@ def save_checkpoint(
     """Begin to write a checkpoint. All ranks have to call it; the clock has to stand still."""
     total = torch.stack([p.detach().sum() for p in model.parameters()]).sum().item()
     progress.check_finite("the sum of all weights", total, step)
-    optimizer = {}
-    for part in optimizers:
-        optimizer |= part.whole_state()
+    tensors = tensors_to_save(model, optimizers)
     rng = [{"cpu": encode(torch.get_rng_state())}]
     if ranks.device.type == "cuda":
         rng[0]["cuda"] = encode(torch.cuda.get_rng_state(ranks.device))
@@ -2509,11 +2507,20 @@ def save_checkpoint(
         mine, rng = rng[0], [None] * ranks.world_size
         dist.all_gather_object(rng, mine)
     if ranks.rank == 0:
-        tensors = {MODEL_FILE: model.state_dict(), OPTIMIZER_FILE: optimizer}
         checkpoints.save(tensors, facts | progress.state() | dict(
             step=step, train_time=progress.clock.seconds, rng=rng,
             position=position, lr_multiplier=lr_multiplier(step, progress.args),
             attention_windows=attention_windows(step, progress.args)))
+
+
+def tensors_to_save(
+    model: GPT, optimizers: list[ShardedOptimizer]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file of a checkpoint. All ranks have to call it."""
+    optimizer = {}
+    for part in optimizers:
+        optimizer |= part.whole_state()
+    return {MODEL_FILE: model.state_dict(), OPTIMIZER_FILE: optimizer}
 
 
 def restore(
@@ -2568,29 +2575,41 @@ class Checkpoints:
 
     def __init__(self, folder: Path, log: Log):
         self.folder, self.log = folder, log
-        self.thread, self.buffers = ThreadPoolExecutor(1), {}
+        self.thread, self.buffers, self.reserving = ThreadPoolExecutor(1), {}, None
         self.step, self.writing = 0, None  # of the one that is being written
         self.problem: str | None = None  # why the last one is not there
+
+    def reserve(self, files: dict[str, dict[str, Tensor]]) -> None:
+        """Begin to make room for copies of such tensors.
+
+        Memory on the CPU that a GPU can write to takes seconds to get, and is kept.
+        """
+        like = [(file, name, tensor.to("meta"), tensor.is_cuda)
+                for file, tensors in files.items() for name, tensor in tensors.items()]
+
+        def work() -> None:
+            for file, name, tensor, pin in like:
+                self.buffers[file, name] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=pin, memory_format=torch.contiguous_format)
+
+        self.reserving = self.thread.submit(work)
 
     def save(self, files: dict[str, dict[str, Tensor]], state: dict) -> None:
         """Copy the tensors of each file, and begin to write them; waits for the one before."""
         started = time.perf_counter()
         self.finish()
-        copies = {name: self.copy(name, tensors) for name, tensors in files.items()}
+        if self.reserving is None:
+            self.reserve(files)
+        self.reserving.result()
+        copies = {file: self.copy(file, tensors) for file, tensors in files.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.step, self.waited = state["step"], time.perf_counter() - started
         self.writing = self.thread.submit(self.write, copies, state)
 
     def copy(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU; memory that a GPU can write to is kept for the next time."""
-        for name, tensor in tensors.items():
-            if (file, name) not in self.buffers:
-                self.buffers[file, name] = torch.empty_like(
-                    tensor, device="cpu", pin_memory=tensor.is_cuda,
-                    memory_format=torch.contiguous_format)
-            self.buffers[file, name].copy_(tensor, non_blocking=True)
-        return {name: self.buffers[file, name] for name in tensors}
+        return {name: self.buffers[file, name].copy_(tensor, non_blocking=True)
+                for name, tensor in tensors.items()}
 
     def write(self, files: dict[str, dict[str, Tensor]], state: dict) -> Path:
         path = self.folder / f"step_{state['step']:06d}"
@@ -2781,9 +2800,12 @@ def train_step(
 
 def warm_up(
     model: GPT, compiled: Callable, optimizers: list[ShardedOptimizer], args: Hyperparameters,
-    ranks: Ranks,
+    ranks: Ranks, reserve: Callable | None = None,
 ) -> None:
-    """Compile and run everything once on random tokens, then undo it to the last bit."""
+    """Compile and run everything once on random tokens, then undo it to the last bit.
+
+    `reserve` is called with the tensors that a checkpoint will hold.
+    """
     saved = copy.deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
@@ -2794,6 +2816,8 @@ def warm_up(
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
             micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)
             train_step(compiled, optimizers, micro_batches, step, args, ranks)
+            if reserve and step == 0:
+                reserve(tensors_to_save(model, optimizers))
     model.load_state_dict(saved[0])
     for optimizer, state in zip(optimizers, saved[1:], strict=True):
         optimizer.load_state_dict(state)
@@ -2858,17 +2882,18 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
         f"{args.describe_batch()} tokens to val_loss {args.target}", console=True)
     for note in notes:
         log(note, console=True)
+    checkpoints = Checkpoints(log_path.with_suffix(""), log)
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
         log("compiling and warming up on random tokens; the clock starts after it", console=True)
         started = time.perf_counter()
-        warm_up(model, compiled, optimizers, args, ranks)
+        saves = bool(args.save_every or args.save_on_exit)
+        warm_up(model, compiled, optimizers, args, ranks, checkpoints.reserve if saves else None)
         log(f"warm-up: undone after {time.perf_counter() - started:.1f}s", console=True)
     else:
         log("warm-up: none")
     clock = Clock(ranks.device)
     progress = Progress(args, ranks, log, clock, wandb)
-    checkpoints = Checkpoints(log_path.with_suffix(""), log)
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, model, optimizers, clock, progress, ranks)

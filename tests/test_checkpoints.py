@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import CPU, ROOT, run_train, wait_for, write_tokens
 from test_runs import BLOWS_UP, TINY, Run, check_failed, more_data, run_main
@@ -246,6 +247,36 @@ def test_the_clock_stands_still_while_a_checkpoint_is_made(tmp_path, data):
     [last] = re.findall(r"^step:9/9 train_time:(\d+)ms", run.log, re.MULTILINE)
     assert passed == [6000] and int(last) < 1_000_000
     assert "step_000009, for which the run waited 200" in run.log
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_room_for_checkpoints_is_made_once_and_before_the_clock_if_it_can_be(
+    tmp_path, data, warmup
+):
+    made, reserve, start = [], train_gpt.Checkpoints.reserve, train_gpt.Clock.start
+
+    class Noting(train_gpt.Checkpoints):
+        def reserve(self, files):
+            made.append({(file, name): (tensor.shape, tensor.dtype)
+                         for file, tensors in files.items() for name, tensor in tensors.items()})
+            reserve(self, files)
+
+    class Clock(train_gpt.Clock):
+        def start(self):
+            made.append("clock")
+            start(self)
+
+    options = [f"--data_path={data}", "--save_every=4", "--val_loss_every=0"]
+    run = run_main(tmp_path, *OPTIONS, *options, f"--kernel_warmup={warmup}", Checkpoints=Noting,
+                   Clock=Clock)
+    assert run.status == 0
+    shapes, = (item for item in made if item != "clock")
+    assert ("clock" in made[: made.index(shapes)]) == (not warmup)
+    folder = checkpoints(run)[-1]
+    saved = {(path.name, name): (tensor.shape, tensor.dtype)
+             for path in folder.glob("*.safetensors")
+             for name, tensor in safetensors.torch.load_file(path).items()}
+    assert shapes == saved
 
 
 def test_a_run_goes_on_under_its_own_name_beside_its_own_log(tmp_path, whole, data, capsys):
