@@ -50,6 +50,19 @@ def open_device(name: str | None) -> torch.device:
                          ) from None
 
 
+def describe_speed(times: list[float]) -> str:
+    """For a person: `times` are the start, in seconds, and when each token was there.
+
+    What is used for the first time, and recorded on a GPU, makes the first two tokens slow.
+    """
+    count, seconds = len(times) - 1, times[-1] - times[0]
+    text = f"{count:,} tokens in {seconds:.2f} s"
+    if count > 2 and times[-1] > times[2]:
+        text += (f", {times[2] - times[0]:.2f} s of them for the first two; then "
+                 f"{(count - 2) / (times[-1] - times[2]):,.0f} tokens per second")
+    return text
+
+
 def sample(args: argparse.Namespace) -> None:
     """Print the samples that the command line asks for; ValueError for people."""
     device, encoding = open_device(args.device), load_encoding(args.vocab_dir)
@@ -65,14 +78,12 @@ def sample(args: argparse.Namespace) -> None:
         if args.n > 1:
             print(f"--- sample {seed - args.seed + 1}, seed {seed}")
         print(args.prompt, end="", flush=True)
-        started, count = time.perf_counter(), -1  # the last text is of no token
+        times = [time.perf_counter()]
         for text in stream_text(tokens, encoding):
             print(text, end="", flush=True)
-            count += 1
+            times.append(time.perf_counter())
         print(flush=True)
-        seconds = time.perf_counter() - started
-        print(f"{count:,} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens per second",
-              file=sys.stderr)
+        print(describe_speed(times[:-1]), file=sys.stderr)  # the last text is of no token
 
 
 def main(argv: list[str] | None = None) -> None:
