@@ -80,20 +80,28 @@ class Hyperparameters:
     vocab_size: int = 50_257  # tokens
     num_layers: int = 12  # blocks
     num_heads: int = 6  # attention heads
+    num_kv_heads: int = 0  # heads of keys and values, each for as many queries'; 0: num_heads
     attention_dim: int = 0  # width of queries, keys and values, of all heads; 0: model_dim
     model_dim: int = 768  # width of the residual stream
     mlp_ratio: int = 4  # MLP width / model_dim
-    activation: str = "relu2"  # relu2 or gelu
-    qk_norm: bool = True  # RMS-normalise queries and keys
+    activation: str = "relu2"  # relu2, relu, gelu, silu, swiglu (as many weights), swiglu-wide
+    bias: bool = False  # what the blocks' matrix products and gained LayerNorms add, learned
+    block_norm: str = "rmsnorm"  # before attention, MLP and head: rmsnorm or layernorm
+    norm_gain: bool = False  # those norms have a learned factor on each dimension
+    qk_norm: str = "rms"  # of queries and keys: rms, l2 (to a length learned by head) or none
     attention_scale: float = 0.12  # softmax scale; 0: 1/sqrt(width of a head)
+    attention_softcap: float = 0.0  # attention's logits -> cap * tanh(logits / cap); 0: off
     attention_output_scale: float = 1.0  # factor on what attention adds to the residual
     attention_gate: bool = False  # each token scales each head's output, by 0 to 2
     rotary_base: float = 1_024.0  # longest wavelength / 2 pi, tokens
-    rotary_fraction: float = 0.5  # share of the head's dimensions that rotate
+    rotary_fraction: float = 0.5  # share of the head's dimensions that rotate; 0: no rotary
+    learned_positions: bool = False  # a table of places in the sequence, beside the embedding
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     norm_embed: bool = True  # RMS-normalise the token embedding
     tied_head: bool = False  # the head shares the token embedding's weight
+    untie_frac: float = 0.0  # share of the steps after which a tied head goes its own way; 0: none
     logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap); 0: off
+    softcap_kind: str = "tanh"  # tanh; shifted: of logits + 5; isru: x / sqrt(1 + (x / cap)^2)
     unigram_power: float = 0.0  # logits start from log(frequency of the token), times this
     key_offset: bool = False  # long windows: a key's unrotated part is that of the token before
     bigram_rows: int = 0  # rows of a table of hashed token pairs, beside the embedding; 0: off
@@ -104,6 +112,7 @@ class Hyperparameters:
     zero_init_projections: bool = True  # attention and MLP outputs and an untied head start at 0
     window_start: int = 256  # tokens that long-window layers look back at the start; 0: no limit
     window_end: int = 1_792  # the same at the end; short-window layers look back half as far
+    window_growth: str = "linear"  # linear, geometric or stepwise (in three stages)
     # Optimizers
     optimizer: str = "muon"  # of the hidden matrices: muon or adam; the rest is always adam
     matrix_lr: float = 0.05  # of the hidden matrices
@@ -115,15 +124,18 @@ class Hyperparameters:
     muon_beta2: float = 0.0  # decay of NorMuon's mean squares of each row; 0: plain Muon
     muon_nesterov: bool = True  # look one step ahead along the momentum
     muon_iteration: str = "polar-express"  # polar-express or newton-schulz
+    muon_steps: int = 5  # of that iteration
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-10  # added to the root of the second moment
     row_moments: bool = False  # embedding tables: one second moment per row, first ones in bfloat16
     weight_decay: float = 0.0  # decoupled, of all parameters; times the learning rate
+    grad_clip: float = 0.0  # largest norm of the gradient of a step's mean loss; 0: off
     # Schedule
     train_steps: int = 1_500  # optimizer steps
     warmup_frac: float = 0.0  # share of the steps in which the learning rates rise from 0
     cooldown_frac: float = 0.45  # share of the steps in which they fall
+    cooldown_shape: str = "linear"  # linear, cosine or sqrt (1 - the root of what is done)
     final_lr_frac: float = 0.05  # share of the learning rates left at the end
     # Numbers and speed
     dtype: str = "bfloat16"  # of matrix products and attention; weights are float32
@@ -162,6 +174,15 @@ class Hyperparameters:
         return self.attention_width // self.num_heads
 
     @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of keys, and of values, of all heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
     def stage_batch_sizes(self) -> list[int]:
         """Tokens per step in each stage; without `batch_stages` there is one, of `batch_size`."""
         return [int(size) for size in self.batch_stages.split(",") if size] or [self.batch_size]
@@ -198,6 +219,10 @@ class Hyperparameters:
         return min(self.max_document_length, self.row_length)
 
     @property
+    def longest_row(self) -> int:
+        return max(self.row_length, self.max_val_length)
+
+    @property
     def samples_vocabulary(self) -> bool:
         """Whether training compares with a sample of the vocabulary, and not with all of it."""
         return 0 < self.sampled_vocab < self.vocab_size
@@ -209,7 +234,7 @@ class Hyperparameters:
 # The one-GPU benchmark's AdamW baseline; it descends from llm.c's train_gpt2.py.
 BASELINE = dict(
     batch_size=524_288, device_batch_size=65_536, row_length=1_024, document_masking=False,
-    num_heads=12, activation="gelu", qk_norm=False, attention_scale=0.0,
+    num_heads=12, activation="gelu", qk_norm="none", attention_scale=0.0,
     attention_output_scale=24**-0.5, rotary_base=10_000.0, rotary_fraction=1.0, norm_embed=False,
     tied_head=True, logit_softcap=0.0, value_embeddings=0, skip_connections=False,
     embed_shortcut=False, zero_init_projections=False, window_start=0, window_end=0,
@@ -273,9 +298,14 @@ TRACKS: dict[str, dict] = {
 CHOICES = {
     "track": tuple(TRACKS),
     "recipe": tuple(RECIPES),
-    "activation": ("relu2", "gelu"),
+    "activation": ("relu2", "relu", "gelu", "silu", "swiglu", "swiglu-wide"),
+    "block_norm": ("rmsnorm", "layernorm"),
+    "qk_norm": ("rms", "l2", "none"),
+    "softcap_kind": ("tanh", "shifted", "isru"),
+    "window_growth": ("linear", "geometric", "stepwise"),
     "optimizer": ("muon", "adam"),
     "muon_iteration": ("polar-express", "newton-schulz"),
+    "cooldown_shape": ("linear", "cosine", "sqrt"),
     "dtype": ("bfloat16", "float32"),
     "residual_dtype": ("bfloat16", "float32"),
     "attention": ("auto", "flash", "varlen", "sdpa"),
@@ -387,12 +417,14 @@ def find_problem(args: Hyperparameters) -> str | None:
     """What is wrong with the sizes in `args`, for a person, or None. Knows nothing of ranks."""
     positive = ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
                 "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
-                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead")
+                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead",
+                "muon_steps")
     for name in positive:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
     for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start",
-                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab"):
+                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
+                 "attention_softcap", "grad_clip"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
     for name in ("save_every", "sample_every"):
@@ -426,6 +458,10 @@ def find_problem(args: Hyperparameters) -> str | None:
         name = "attention_dim" if args.attention_dim else "model_dim"
         return (f"--{name} {args.attention_width} must be --num_heads {args.num_heads} times a "
                 f"multiple of 4")
+    if args.num_heads % args.kv_heads:
+        return f"--num_kv_heads {args.num_kv_heads} must divide --num_heads {args.num_heads}"
+    if args.untie_frac and not args.tied_head:
+        return f"--untie_frac {args.untie_frac} is for a head that begins with --tied_head true"
     if 2 * args.value_embeddings > args.num_layers:
         return (f"--value_embeddings {args.value_embeddings} tables serve two layers each, "
                 f"but --num_layers is {args.num_layers}")
@@ -434,7 +470,7 @@ def find_problem(args: Hyperparameters) -> str | None:
             return f"--{name} must be a number, got {value}"
     if not 0 <= args.seed < 2**63:
         return f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
-    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction"):
+    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction", "untie_frac"):
         if not 0 <= getattr(args, name) <= 1:
             return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
     if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
@@ -792,11 +828,14 @@ SDPA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
                  SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fastest first
 
 
-def sdpa_attention(q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, scale: float) -> Tensor:
+def sdpa_attention(
+    q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, scale: float, softcap: float = 0.0
+) -> Tensor:
     """Attention through PyTorch's own kernels; runs anywhere. The plain twin of the others.
 
     A query sees itself and at most `window` tokens before it (0: no limit), within its own
-    sequence. Returns (B, T, H, K) in the dtype of `q_BTHK`.
+    sequence. There may be fewer heads of keys and values, each for as many queries in a row.
+    Returns (B, T, H, K) in the dtype of `q_BTHK`.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     mask = None
@@ -808,16 +847,38 @@ def sdpa_attention(q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, scale
         sequence_BT = torch.searchsorted(batch.cu_seqlens, token, right=True).view(B, T)
         mask = (distance_TT >= 0) & (sequence_BT[:, :, None] == sequence_BT[:, None, :])
         mask = (mask & (distance_TT <= window) if window else mask)[:, None]
-    with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
-    return y.transpose(1, 2)
+    return masked_attention(q, k, v, mask, scale, softcap).transpose(1, 2)
 
 
-def varlen_attention(q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, scale: float):
-    """`sdpa_attention` through torch.nn.attention.varlen: Ampere or newer GPUs, bf16."""
+def masked_attention(q_BHTK, k_BHSK, v_BHSK, mask, scale: float, softcap: float) -> Tensor:
+    """Attention where the mask is true, by default to what is not later; (B, H, T, K).
+
+    With a `softcap` (Gemma 2) the logits exist all at once.
+    """
+    if not softcap:
+        has_groups = q_BHTK.size(1) != k_BHSK.size(1)
+        with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
+            return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale,
+                                                  is_causal=mask is None, enable_gqa=has_groups)
+    k, v = (per_query(x, q_BHTK, dim=1) for x in (k_BHSK, v_BHSK))
+    logits = softcap * torch.tanh((q_BHTK @ k.mT).float() * (scale / softcap))
+    mask = torch.ones_like(logits[0, 0], dtype=torch.bool).tril() if mask is None else mask
+    return logits.masked_fill(~mask, -torch.inf).softmax(-1).type_as(v) @ v
+
+
+def per_query(x: Tensor, q: Tensor, dim: int) -> Tensor:
+    """Keys or values once for each head of queries, where they have fewer."""
+    group = q.size(dim) // x.size(dim)
+    return x.repeat_interleave(group, dim) if group > 1 else x
+
+
+def varlen_attention(
+    q_BTHK, k_BTHK, v_BTHK, batch: MicroBatch, window: int, scale: float, softcap: float = 0.0
+) -> Tensor:
+    """`sdpa_attention` through torch.nn.attention.varlen: Ampere or newer GPUs, bf16, no cap."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
+    q, k, v = (per_query(x, q_BTHK, dim=2).flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
     y = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.max_length,
                     batch.max_length, scale=scale, window_size=(window or -1, 0))
     return y.view_as(q_BTHK)
@@ -834,10 +895,11 @@ def load_flash_attention() -> Callable | None:
     if flash is None:
         return None
 
-    def flash_attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale):
+    def flash_attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale, softcap=0.0):
         q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
+        cap = dict(softcap=softcap) if softcap else {}
         y = flash(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.max_length, batch.max_length,
-                  softmax_scale=scale, causal=True, window_size=(window or -1, 0))
+                  softmax_scale=scale, causal=True, window_size=(window or -1, 0), **cap)
         return y.view_as(q_BTHK)
 
     return flash_attention
@@ -851,7 +913,8 @@ def choose_attention(args: Hyperparameters, device: torch.device) -> tuple[str, 
     modern_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     usable = {"sdpa": sdpa_attention}
     if modern_gpu and args.dtype == "bfloat16":
-        usable["varlen"] = varlen_attention
+        if not args.attention_softcap:
+            usable["varlen"] = varlen_attention
         if args.attention in ("auto", "flash") and (flash := load_flash_attention()):
             usable["flash"] = flash
     name = args.attention
@@ -860,9 +923,9 @@ def choose_attention(args: Hyperparameters, device: torch.device) -> tuple[str, 
         order = ("sdpa",) if rows_are_sequences else ("flash", "varlen", "sdpa")
         name = next(name for name in order if name in usable)
     if name not in usable:
+        wants = ", FlashAttention installed" if name == "flash" else ", no --attention_softcap"
         raise RunError(f"--attention {name} does not run here (it wants an Ampere or newer GPU, "
-                       f"bfloat16{', FlashAttention installed' if name == 'flash' else ''}); "
-                       f"use one of: auto, {', '.join(usable)}")
+                       f"bfloat16{wants}); use one of: auto, {', '.join(usable)}")
     return name, usable[name]
 
 
@@ -881,6 +944,9 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
     if not has_triton:
         missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
                                      "instead, and slower")
+    if args.bias or args.norm_gain:
+        reason = "they want a bound, which --bias and --norm_gain leave open; 16 bits instead"
+        missing |= {"fp8_head": reason, "fp8_blocks": reason}
     missing = {name: reason for name, reason in missing.items() if getattr(args, name)}
     notes = [f"--{name} is off here: {reason}" for name, reason in missing.items()]
     return dataclasses.replace(args, **dict.fromkeys(missing, False)), notes
@@ -889,6 +955,24 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
 def norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, without gain (Zhang and Sennrich 2019)."""
     return F.rms_norm(x, (x.size(-1),), eps=eps)
+
+
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm (Ba et al. 2016), over the last dimension, as `args` say."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.eps, self.kind, self.gain, self.bias = args.norm_eps, args.block_norm, None, None
+        if args.norm_gain:
+            self.gain = nn.Parameter(torch.empty(args.model_dim))
+            if args.bias and self.kind == "layernorm":
+                self.bias = nn.Parameter(torch.empty(args.model_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain, bias = (None if p is None else p.type_as(x) for p in (self.gain, self.bias))
+        if self.kind == "layernorm":
+            return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps)
+        return F.rms_norm(x, x.shape[-1:], gain, self.eps)
 
 
 class Float8(NamedTuple):
@@ -974,13 +1058,14 @@ class Float8Linear(torch.autograd.Function):
         return grad_x, grad_NE.T @ x_ND, None
 
 
-def linear(x: Tensor, weight: Tensor, bound=None) -> Tensor:
-    """x (..., in) times a float32 weight (out, in), in the dtype of x.
+def linear(x: Tensor, weight: Tensor, bound=None, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times a float32 weight (out, in), and the bias (out,), in the dtype of x.
 
-    In 8-bit floats if a `bound` of |x| is given, a number or a scalar on the device of x.
+    In 8-bit floats, without a bias, if a `bound` of |x| is given, a number or a scalar on the
+    device of x.
     """
     if bound is None:
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     y = Float8Linear.apply(x.flatten(0, -2), weight.to(x.dtype), bound)
     return y.unflatten(0, x.shape[:-1])
 
@@ -1055,7 +1140,7 @@ class Rotary(nn.Module):
         active = round(pairs * args.rotary_fraction)  # the first so many pairs rotate
         exponent = torch.arange(active, dtype=torch.float64) / max(1, active)
         frequency = F.pad(args.rotary_base**-exponent, (0, pairs - active))
-        positions = torch.arange(max(args.row_length, args.max_val_length), dtype=torch.float64)
+        positions = torch.arange(args.longest_row, dtype=torch.float64)
         angle_TK = torch.outer(positions, torch.cat([frequency, -frequency]))
         self.register_buffer("cos", angle_TK.cos().float()[:, None], persistent=False)
         self.register_buffer("sin", angle_TK.sin().float()[:, None], persistent=False)
@@ -1111,15 +1196,15 @@ class Memory:
         return None if self.is_prompt else everything.index_select(1, self.position - 1)
 
     def attend(self, layer: int, attention: Callable, q_BTHK, k_BTHK, v_BTHK, batch, window: int,
-               scale: float) -> Tensor:
+               scale: float, softcap: float) -> Tensor:
         """Attention within the prompt, or of one token to those so far."""
         k, v = self.keep((layer, "k"), k_BTHK), self.keep((layer, "v"), v_BTHK)
         if self.is_prompt:
-            return attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale)
+            return attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale, softcap)
         distance = self.position - self.places
         mask = ((distance >= 0) & (distance <= (window or self.length)))[None]
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+        return masked_attention(q, k, v, mask, scale, softcap).transpose(1, 2)
 
 
 class CausalSelfAttention(nn.Module):
@@ -1128,11 +1213,20 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.key_offset, self.fp8 = args.key_offset and is_long, args.fp8_blocks
-        self.num_heads, self.qk_norm, self.eps = args.num_heads, args.qk_norm, args.norm_eps
+        self.kv_heads, self.qk_norm, self.eps = args.kv_heads, args.qk_norm, args.norm_eps
         self.scale = args.attention_scale or args.head_dim**-0.5
+        self.softcap = args.attention_softcap
         self.attention = attention
-        self.qkv = nn.Parameter(torch.empty(3, args.attention_width, args.model_dim))
+        # Of each head of keys: its queries, the keys, the values (Ainslie et al. 2023).
+        parts = args.num_heads // args.kv_heads + 2
+        self.qkv = nn.Parameter(torch.empty(parts, args.kv_width, args.model_dim))
         self.projection = nn.Parameter(torch.empty(args.model_dim, args.attention_width))
+        self.qkv_bias = self.projection_bias = self.qk_length = None
+        if args.bias:
+            self.qkv_bias = nn.Parameter(torch.empty(parts * args.kv_width))
+            self.projection_bias = nn.Parameter(torch.empty(args.model_dim))
+        if args.qk_norm == "l2":
+            self.qk_length = nn.Parameter(torch.empty(args.num_heads, 1))
         if has_value_embedding:
             self.value_lambdas = nn.Parameter(torch.empty(2))
         self.gate = None
@@ -1143,10 +1237,13 @@ class CausalSelfAttention(nn.Module):
         self, x_BTD, rotary, batch, window, value_embedding_BTD, is_first_BT, memory=None
     ) -> Tensor:
         B, T, D = x_BTD.shape
-        qkv = linear(x_BTD, self.qkv.flatten(0, 1), D**0.5 if self.fp8 else None)
-        q, k, v = qkv.view(B, T, 3, self.num_heads, -1).unbind(2)
-        if self.qk_norm:  # Dehghani et al. 2023
+        qkv = linear(x_BTD, self.qkv.flatten(0, 1), D**0.5 if self.fp8 else None, self.qkv_bias)
+        qkv = qkv.view(B, T, len(self.qkv), self.kv_heads, -1)
+        q, k, v = qkv[:, :, :-2].transpose(2, 3).flatten(2, 3), qkv[:, :, -2], qkv[:, :, -1]
+        if self.qk_norm != "none":  # Dehghani et al. 2023
             q, k = norm(q, self.eps), norm(k, self.eps)
+        if self.qk_length is not None:  # Henry et al. 2020
+            q = q * self.qk_length.type_as(q)
         attention, position = self.attention, None
         if memory is not None:
             attention = partial(memory.attend, self.layer, attention)
@@ -1159,22 +1256,29 @@ class CausalSelfAttention(nn.Module):
         if value_embedding_BTD is not None:  # Zhou et al. 2024, and @KoszarskyB's speedrun record
             lambdas = self.value_lambdas
             v = lambdas[0] * v + lambdas[1] * value_embedding_BTD.view_as(v)
-        y = attention(q, k, v, batch, window, self.scale)
+        y = attention(q, k, v, batch, window, self.scale, self.softcap)
         if self.gate is not None:  # lets a head keep silent (@classiclarryd)
             some = x_BTD[..., : self.gate.size(1)].float()
             gate_BTH = 2 * torch.sigmoid(F.linear(some, self.gate))
             y = y * gate_BTH[..., None].type_as(y)
-        return linear(y.flatten(-2), self.projection)
+        return linear(y.flatten(-2), self.projection, bias=self.projection_bias)
 
 
 class MLP(nn.Module):
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        hidden = args.mlp_ratio * args.model_dim
         self.activation, self.fp8 = args.activation, args.fp8_blocks
         self.fp8_gradients = args.fp8_blocks and args.fp8_gradients and args.activation == "relu2"
-        self.up = nn.Parameter(torch.empty(hidden, args.model_dim))
+        hidden = args.mlp_ratio * args.model_dim
+        if args.activation == "swiglu":
+            hidden = max(1, round(hidden * 2 / 3 / 16)) * 16  # as many weights as without the gate
+        has_gate = args.activation.startswith("swiglu")
+        self.up = nn.Parameter(torch.empty(*[2] * has_gate, hidden, args.model_dim))
         self.projection = nn.Parameter(torch.empty(args.model_dim, hidden))
+        self.up_bias = self.projection_bias = None
+        if args.bias:
+            self.up_bias = nn.Parameter(torch.empty(self.up[..., 0].numel()))
+            self.projection_bias = nn.Parameter(torch.empty(args.model_dim))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         bound = bound_y = None
@@ -1183,13 +1287,20 @@ class MLP(nn.Module):
             # its product with rows of weights larger than that root times the longest row.
             bound = x_BTD.size(-1) ** 0.5
             bound_y = bound * self.up.detach().norm(dim=-1).amax()
-            bound_y = bound_y if self.activation == "gelu" else bound_y**2
+            bound_y = bound_y if self.activation in ("relu", "gelu", "silu") else bound_y**2
         if self.fp8_gradients:
             x_ND = x_BTD.flatten(0, -2)
             return Float8MLP.apply(x_ND, self.up, self.projection, bound, bound_y).view_as(x_BTD)
-        h = linear(x_BTD, self.up, bound)
-        h = F.gelu(h) if self.activation == "gelu" else F.relu(h).square()  # So et al. 2021
-        return linear(h, self.projection, bound_y)
+        h = linear(x_BTD, self.up.flatten(0, -2), bound, self.up_bias)
+        return linear(activate(h, self.activation), self.projection, bound_y, self.projection_bias)
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    """ReLU^2 is from So et al. 2021; SwiGLU, whose second half is the gate, from Shazeer 2020."""
+    if activation.startswith("swiglu"):
+        h, gate = h.chunk(2, dim=-1)
+        return h * F.silu(gate)
+    return F.relu(h).square() if activation == "relu2" else getattr(F, activation)(h)
 
 
 class Block(nn.Module):
@@ -1199,7 +1310,8 @@ class Block(nn.Module):
         self.is_long = is_long
         self.attn = CausalSelfAttention(args, attention, layer, is_long, has_value_embedding)
         self.mlp = MLP(args)
-        self.attn_scale, self.eps = args.attention_output_scale, args.norm_eps
+        self.attn_norm, self.mlp_norm = Norm(args), Norm(args)
+        self.attn_scale = args.attention_output_scale
         self.dtype = getattr(torch, args.dtype)
         self.residual_lambdas = nn.Parameter(torch.empty(2)) if args.embed_shortcut else None
 
@@ -1209,10 +1321,10 @@ class Block(nn.Module):
         x, window = x_BTD, windows[1] if self.is_long else windows[0]
         if self.residual_lambdas is not None:
             x = self.residual_lambdas[0] * x + self.residual_lambdas[1] * x0_BTD
-        y = norm(x, self.eps).to(self.dtype)
+        y = self.attn_norm(x).to(self.dtype)
         y = self.attn(y, rotary, batch, window, value_embedding_BTD, is_first_BT, memory)
         x = x + self.attn_scale * y.type_as(x)
-        return x + self.mlp(norm(x, self.eps).to(self.dtype)).type_as(x)
+        return x + self.mlp(self.mlp_norm(x).to(self.dtype)).type_as(x)
 
 
 class GPT(nn.Module):
@@ -1230,9 +1342,11 @@ class GPT(nn.Module):
         L, n = args.num_layers, args.value_embeddings
         self.embed = nn.Embedding(args.vocab_size, args.model_dim)
         self.value_embeds = nn.ModuleList(
-            nn.Embedding(args.vocab_size, args.attention_width) for _ in range(n)
+            nn.Embedding(args.vocab_size, args.kv_width) for _ in range(n)
         )
-        self.bigram_embed = None
+        self.bigram_embed = self.position_embed = None
+        if args.learned_positions:
+            self.position_embed = nn.Embedding(args.longest_row, args.model_dim)
         if args.bigram_rows:
             self.bigram_embed = nn.Embedding(args.bigram_rows, args.model_dim)
         # Table i serves layer i and the i-th of the last n layers.
@@ -1241,7 +1355,7 @@ class GPT(nn.Module):
             Block(args, attention, i, i % 4 == 3 or i == L - 1, i in self.value_table)
             for i in range(L)
         )
-        self.rotary = Rotary(args)
+        self.rotary, self.final_norm = Rotary(args), Norm(args)
         self.mixed = set()  # blocks whose outputs are mixed into the last one's
         if args.output_mixing:
             self.mixed = {1, L // 2 - 1, L - 3} & set(range(L - 1))
@@ -1250,7 +1364,8 @@ class GPT(nn.Module):
         has_skips = args.skip_connections and L > 1
         self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if has_skips else None
         head_shape = args.vocab_size, args.model_dim
-        self.head = None if args.tied_head else nn.Parameter(torch.empty(head_shape))
+        has_head = not args.tied_head or args.untie_frac > 0
+        self.head = nn.Parameter(torch.empty(head_shape)) if has_head else None
         bias = torch.zeros(args.vocab_size) if args.unigram_power else None
         self.register_buffer("logit_bias", bias)
         self.reset_parameters()
@@ -1271,12 +1386,15 @@ class GPT(nn.Module):
                     p.zero_()
                 else:
                     p.uniform_(-fan_in_bound, fan_in_bound)
-            elif name.endswith(("qkv", "up")) or (name == "embed.weight" and self.head is None):
+            elif name.endswith(("qkv", "up")) or (name == "embed.weight" and self.args.tied_head):
                 p.uniform_(-fan_in_bound, fan_in_bound)
             elif name == "embed.weight" or name.startswith("value_embeds"):
                 p.normal_()
-            elif name in ("bigram_embed.weight", "mixing_down") or name.endswith("gate"):
+            elif (name in ("bigram_embed.weight", "position_embed.weight", "mixing_down")
+                  or name.endswith(("gate", "bias"))):
                 p.zero_()
+            elif name.endswith(("gain", "qk_length")):
+                p.fill_(1.0)
             elif name.endswith("value_lambdas"):
                 p.fill_(0.5)
             elif name.endswith("residual_lambdas"):
@@ -1285,6 +1403,8 @@ class GPT(nn.Module):
                 p.fill_(1.0)
             else:
                 raise RunError(f"parameter {name} is not initialised: add it to reset_parameters")
+        if self.args.untie_frac:
+            self.head.copy_(self.embed.weight)
 
     def forward(self, batch: MicroBatch, windows: tuple[int, int], ahead_K=None) -> Tensor:
         """Sum of the cross entropies of all tokens, nats, float32.
@@ -1307,7 +1427,7 @@ class GPT(nn.Module):
         """Logits of the next token, (N, V), float32, for what `hidden` returns."""
         weight = pad_vocabulary(self.head_weight.to(x_ND.dtype))
         return final_logits(x_ND, weight, self.args.vocab_size, self.logit_bias,
-                            self.args.logit_softcap)
+                            self.args.logit_softcap, self.args.softcap_kind)
 
     def hidden(self, batch: MicroBatch, windows: tuple[int, int], memory=None) -> Tensor:
         """What the head is multiplied with, (B, T, D), RMS-normalised, in `dtype`.
@@ -1317,14 +1437,19 @@ class GPT(nn.Module):
         """
         args = self.args
         inputs_BT = batch.inputs_BT
-        x = self.embed(inputs_BT).to(self.residual_dtype)
-        if args.norm_embed:
-            x = norm(x, args.norm_eps)
-        x0, skips, mixed, is_first = x, [], [x], None
-        if (args.key_offset or args.bigram_rows) and (memory is None or memory.is_prompt):
+        looks_back = args.key_offset or args.bigram_rows or args.learned_positions
+        is_first = None
+        if looks_back and (memory is None or memory.is_prompt):
             is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
             is_first[batch.cu_seqlens.long()] = True
             is_first = is_first[:-1].view_as(inputs_BT)
+        x = self.embed(inputs_BT)
+        if self.position_embed is not None:
+            x = x + self.position_embed(memory.position if is_first is None else places(is_first))
+        x = x.to(self.residual_dtype)
+        if args.norm_embed:
+            x = norm(x, args.norm_eps)
+        x0, skips, mixed = x, [], [x]
         if self.bigram_embed is not None:  # record 62 of the modded-nanogpt speedrun
             token = inputs_BT.long()
             before = memory and memory.before(("token before",), token)
@@ -1346,7 +1471,14 @@ class GPT(nn.Module):
             hidden = F.gelu(linear(norm(x, args.norm_eps).to(self.dtype), self.mixing_up))
             shares = linear(hidden, self.mixing_down).type_as(x).split(1, dim=-1)
             x = x + sum(share * output for share, output in zip(shares, mixed, strict=True))
-        return norm(x, args.norm_eps).to(self.dtype)
+        return self.final_norm(x).to(self.dtype)
+
+
+def places(is_first_BT: Tensor) -> Tensor:
+    """Each token's place in its sequence, from 0 on, (B, T), int64."""
+    token = torch.arange(is_first_BT.numel(), device=is_first_BT.device).view_as(is_first_BT)
+    starts = token.where(is_first_BT, 0).flatten().cummax(0).values
+    return token - starts.view_as(token)
 
 
 def next_tokens(targets_BT: Tensor, count: int) -> Tensor:
@@ -1371,16 +1503,17 @@ def linear_cross_entropy(
     weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     for x, targets in split(args.loss_chunk_size, x_ND, targets_NK[:, :1]):
-        logits = final_logits(x, weight, len(weight_VD), offsets_V, args.logit_softcap)
+        logits = final_logits(x, weight, len(weight_VD), offsets_V, args.logit_softcap,
+                              args.softcap_kind)
         total = total + (log_total(logits, args.logit_softcap) - pick(logits, targets)).sum()
     return total
 
 
 def final_logits(
-    x_ND, padded_WD, vocab_size: int, offsets_V: Tensor | None, softcap: float
+    x_ND, padded_WD, vocab_size: int, offsets_V: Tensor | None, softcap: float, kind: str = "tanh"
 ) -> Tensor:
     """Logits of the vocabulary, (N, V), float32, capped, and with the offsets if there are any."""
-    logits = capped(product(x_ND, padded_WD, x_ND.dtype)[:, :vocab_size], softcap)
+    logits = capped(product(x_ND, padded_WD, x_ND.dtype)[:, :vocab_size], softcap, kind)
     return logits if offsets_V is None else logits + offsets_V
 
 
@@ -1425,8 +1558,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         fp8, dtype = args.fp8_head, x_ND.dtype
         # Capped logits have gradients between -2 and 2; times 2^14, few are too small for 8 bits.
         scale, grad_dtype = (2.0**14, torch.float8_e5m2) if fp8 else (1.0, dtype)
-        losses_and_gradients = cross_entropy
-        if args.triton_kernels and args.logit_softcap:
+        losses_and_gradients = partial(cross_entropy, kind=args.softcap_kind)
+        if args.triton_kernels and args.logit_softcap and args.softcap_kind == "tanh":
             from triton_kernels import capped_cross_entropy as losses_and_gradients
         chunk, size = min(args.loss_chunk_size, len(x_ND)), len(weight_VD)
         vocabularies = [(slice(None), offsets_V)]  # one for all chunks, or one for each
@@ -1464,7 +1597,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(
-    logits_NV, targets_NK, ahead_K, offsets_V, vocab_size: int, softcap: float, scale: float, dtype
+    logits_NV, targets_NK, ahead_K, offsets_V, vocab_size: int, softcap: float, scale: float,
+    dtype, kind: str = "tanh",
 ) -> tuple[Tensor, Tensor]:
     """Cross entropies (N,) of the capped logits and the first target, and gradients (N, V).
 
@@ -1473,7 +1607,7 @@ def cross_entropy(
     `vocab_size` on are padding, with gradient 0. On a CPU, new memory costs more than the
     arithmetic, hence the operations in place. The plain twin of a Triton kernel.
     """
-    z = capped(logits_NV[:, :vocab_size], softcap)
+    z = capped(logits_NV[:, :vocab_size], softcap, kind)
     y = z if offsets_V is None else z + offsets_V
     total, has_target = log_total(y, softcap), targets_NK >= 0
     losses = (total - pick(y, targets_NK[:, :1].clamp_min(0))) * has_target[:, :1]
@@ -1482,15 +1616,23 @@ def cross_entropy(
     for k, weight in enumerate(ahead_K.unbind()):
         grad.sub_((vocabulary == targets_NK[:, k : k + 1]) * weight)
     if softcap:
-        grad.mul_(z.div_(softcap).square_().neg_().add_(1))
+        slope = z.div_(softcap).square_().neg_().add_(1)
+        grad.mul_(slope.pow_(1.5) if kind == "isru" else slope)
     grad = grad.mul_(scale).to(dtype)
     return losses[:, 0], F.pad(grad, (0, logits_NV.size(1) - vocab_size))
 
 
-def capped(logits_NV: Tensor, softcap: float) -> Tensor:
-    """Gemma 2's softcap * tanh(logits / softcap), float32, in place if they are; 0: the logits."""
+def capped(logits_NV: Tensor, softcap: float, kind: str = "tanh") -> Tensor:
+    """Gemma 2's softcap * tanh(logits / softcap), float32, in place if they are; 0: the logits.
+
+    The other kinds are from the modded-nanogpt speedrun: `shifted`, which takes logits for 5 higher
+    than they are (record 54), and `isru`, x / sqrt(1 + (x / softcap)^2), of its 350M track.
+    """
     logits = logits_NV.float()
+    if softcap and kind == "isru":
+        return logits.mul_(logits.div(softcap).square_().add_(1).rsqrt_())
     if softcap:  # tanh by way of the sigmoid, which GPUs compute faster
+        logits = logits.add_(5) if kind == "shifted" else logits
         logits = logits.mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
     return logits
 
@@ -1518,13 +1660,15 @@ POLAR_EXPRESS = (  # Amsel et al. 2025, five steps; they are meant for a norm a 
     (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
     (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232),
 )
-NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al. 2024
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),)  # Jordan et al. 2024, the same in each step
 
 
-def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express") -> Tensor:
+def zeropower_via_newtonschulz5(
+    G_NRC: Tensor, iteration: str = "polar-express", steps: int = 5
+) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly, to each of N matrices (R, C).
 
-    Five steps X <- (aI + bA + cA^2)X with A = XX^T, in bfloat16 on a GPU; for a tall matrix
+    Steps X <- (aI + bA + cA^2)X with A = XX^T, in bfloat16 on a GPU; for a tall matrix
     X(aI + bA + cA^2) with A = X^TX, which is smaller. The singular values of the result lie near 1
     rather than at it, which Muon does not mind (Jordan et al. 2024).
     """
@@ -1532,7 +1676,8 @@ def zeropower_via_newtonschulz5(G_NRC: Tensor, iteration: str = "polar-express")
     tall = X.size(-2) > X.size(-1)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     identity = torch.eye(min(X.shape[-2:]), device=X.device)  # float32, and so is the sum it is in
-    for a, b, c in POLAR_EXPRESS if iteration == "polar-express" else NEWTON_SCHULZ:
+    factors = POLAR_EXPRESS if iteration == "polar-express" else NEWTON_SCHULZ
+    for a, b, c in (factors + factors[-1:] * (steps - len(factors)))[:steps]:
         A = X.mT @ X if tall else X @ X.mT
         A = (a * identity + b * A + c * (A @ A)).type_as(X)
         X = X @ A if tall else A @ X
@@ -1553,7 +1698,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], rank: int, world_size: int, **defaults):
         super().__init__(groups, dict(unit_ndim=self.unit_ndim) | defaults)
         self.rank, self.world_size = rank, world_size
-        self.flats = []
+        self.flats, self.reductions = [], []
         for group in self.param_groups:
             group["initial_lr"], group["grad_scale"] = group["lr"], 1.0
             flat = self.flatten([p.detach() for p in group["params"]], group["unit_ndim"])
@@ -1577,15 +1722,31 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return flat.chunk(self.world_size)[self.rank]
 
     @torch.no_grad()
-    def step(self) -> None:
-        reductions = []
+    def reduce(self) -> None:
+        """Start summing the gradients over ranks; a step does it unless it is done."""
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
                     raise RunError(f"parameter {name} got no gradient: nothing in forward uses it")
             grads = self.flatten([p.grad for p in group["params"]], group["unit_ndim"])
-            reductions.append((grads, reduce_scatter(grads, self.share(grads), self.world_size)))
-        gathers = []
+            self.reductions.append(
+                (grads, reduce_scatter(grads, self.share(grads), self.world_size)))
+
+    @torch.no_grad()
+    def square_norm(self) -> Tensor:
+        """Of this rank's share of the gradient, scaled as its groups say."""
+        if not self.reductions:
+            self.reduce()
+        for _, wait in self.reductions:
+            wait()
+        return sum((self.share(grads) * group["grad_scale"]).square().sum()
+                   for group, (grads, _) in zip(self.param_groups, self.reductions, strict=True))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if not self.reductions:
+            self.reduce()
+        gathers, reductions, self.reductions = [], self.reductions, []
         for group, flat, (grads, wait) in zip(
             self.param_groups, self.flats, reductions, strict=True
         ):
@@ -1672,17 +1833,17 @@ class Muon(ShardedOptimizer):
         step_size = torch.tensor(group["lr"] * scale)
         self.kernel(p_NRC, grad_NRC, grad_scale, state["momentum_buffer"], state["second_moment"],
                     momentum, step_size, decay, group["nesterov"], group["iteration"],
-                    group["beta2"])
+                    group["steps"], group["beta2"])
 
 
 def muon_update(
     p_NRC, grad_NRC, grad_scale, buffer_NRC, second_moment, momentum, step_size, decay,
-    nesterov: bool, iteration: str, beta2: float,
+    nesterov: bool, iteration: str, steps: int, beta2: float,
 ) -> None:
     grad_NRC = grad_NRC * grad_scale
     buffer_NRC.mul_(momentum).add_(grad_NRC * (1 - momentum))
     update = grad_NRC * (1 - momentum) + buffer_NRC * momentum if nesterov else buffer_NRC
-    update = zeropower_via_newtonschulz5(update, iteration).float()
+    update = zeropower_via_newtonschulz5(update, iteration, steps).float()
     if beta2:
         size = update.norm(dim=(-2, -1), keepdim=True)
         mean_square = update.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True)
@@ -1746,7 +1907,7 @@ def build_optimizers(
     lrs = {kind: getattr(args, f"{kind}_lr") for kind in LEARNING_RATES}
     adam_groups, muon_groups = {}, {}
     for name, p in model.named_parameters():
-        if p.ndim < 2 or name.endswith("gate"):
+        if p.ndim < 2 or name.endswith(("gate", "qk_length")):
             kind = "scalar"
         elif name == "head" or name.startswith("mixing"):
             kind = "head"
@@ -1766,7 +1927,7 @@ def build_optimizers(
 
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
     muon = dict(momentum=args.muon_momentum, beta2=args.muon_beta2, nesterov=args.muon_nesterov,
-                iteration=args.muon_iteration)
+                iteration=args.muon_iteration, steps=args.muon_steps)
     optimizers = [
         kind(list(groups.values()), rank, world_size, fuse=args.compile,
              weight_decay=args.weight_decay, **settings)
@@ -1785,15 +1946,15 @@ def build_optimizers(
 
 
 def lr_multiplier(step: int, args: Hyperparameters) -> float:
-    """Factor on the learning rates at this step: a linear rise, a plateau, a linear fall.
+    """Factor on the learning rates at this step: a linear rise, a plateau, a fall.
 
     In a stage of other batches than `batch_size` all of it goes with a power of the batch.
     """
-    return (linear_schedule(step, args)
+    return (rise_and_fall(step, args)
             * (args.batch_size_at(step) / args.batch_size) ** args.batch_lr_power)
 
 
-def linear_schedule(step: int, args: Hyperparameters) -> float:
+def rise_and_fall(step: int, args: Hyperparameters) -> float:
     warmup_steps = round(args.warmup_frac * args.train_steps)
     cooldown_steps = round(args.cooldown_frac * args.train_steps)
     if step < warmup_steps:
@@ -1801,7 +1962,12 @@ def linear_schedule(step: int, args: Hyperparameters) -> float:
     steps_left = args.train_steps - step
     if steps_left >= cooldown_steps:
         return 1.0
-    return args.final_lr_frac + (1 - args.final_lr_frac) * steps_left / cooldown_steps
+    left = steps_left / cooldown_steps
+    if args.cooldown_shape == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    elif args.cooldown_shape == "sqrt":  # Haegele et al. 2024
+        left = 1 - (1 - left) ** 0.5
+    return args.final_lr_frac + (1 - args.final_lr_frac) * left
 
 
 def muon_momentum(step: int, args: Hyperparameters) -> float:
@@ -1826,7 +1992,12 @@ def attention_windows(step: int, args: Hyperparameters) -> tuple[int, int]:
 
     They grow with the step in multiples of 64 and 128 tokens.
     """
-    grown = args.window_start + (args.window_end - args.window_start) * step / args.train_steps
+    done = step / args.train_steps
+    if args.window_growth == "stepwise":
+        done = min(int(3 * done), 2) / 2
+    grown = args.window_start + (args.window_end - args.window_start) * done
+    if args.window_growth == "geometric" and args.window_start:
+        grown = args.window_start * (args.window_end / args.window_start) ** done
     long = 128 * math.ceil(grown / 128)
     return long // 2, long
 
@@ -2790,12 +2961,29 @@ def train_step(
             loss = model(batch.to(ranks.device), windows, ahead_K)
             loss.backward()
         total += loss.detach()
+    is_tied = step < args.untie_frac * args.train_steps
+    if is_tied:
+        model.embed.weight.grad += model.head.grad
+    if args.grad_clip:
+        clip_gradients(optimizers, args.grad_clip, ranks)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    if is_tied:
+        model.head.data.copy_(model.embed.weight.data)
     if ranks.world_size > 1:
         dist.all_reduce(total)
     return total / args.batch_size_at(step)
+
+
+def clip_gradients(optimizers: list[ShardedOptimizer], limit: float, ranks: Ranks) -> None:
+    """Shrink the gradient of all parameters together to the `limit` of its norm (it waits)."""
+    square = sum(optimizer.square_norm() for optimizer in optimizers)
+    if ranks.world_size > 1:
+        dist.all_reduce(square)
+    factor = min(1.0, limit / max(square.item() ** 0.5, 1e-12))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["grad_scale"] *= factor
 
 
 def warm_up(

@@ -31,7 +31,7 @@ VOCABULARY = dict(vocab_size=START + 1, value_embeddings=0)  # with START, and s
 MODERN = VOCABULARY | dict(key_offset=True, bigram_rows=512, output_mixing=True, unigram_power=0.5,
                            attention_gate=True, num_layers=4)
 BASELINE = VOCABULARY | dict(
-    document_masking=False, activation="gelu", qk_norm=False, attention_scale=0.0,
+    document_masking=False, activation="gelu", qk_norm="none", attention_scale=0.0,
     norm_embed=False, tied_head=True, logit_softcap=0.0, skip_connections=False,
     embed_shortcut=False)
 

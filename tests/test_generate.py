@@ -18,11 +18,14 @@ LENGTH = 40
 CONFIGS = {
     "modern": dict(num_layers=4, value_embeddings=2),
     "baseline": dict(num_layers=2, tied_head=True, activation="gelu", document_masking=False,
-                     qk_norm=False, attention_scale=0.0, rotary_fraction=1.0, norm_embed=False,
+                     qk_norm="none", attention_scale=0.0, rotary_fraction=1.0, norm_embed=False,
                      logit_softcap=0.0, value_embeddings=0, skip_connections=False,
                      embed_shortcut=False),
     "record": dict(num_layers=5, attention_dim=16, key_offset=True, bigram_rows=97,
                    attention_gate=True, output_mixing=True, unigram_power=0.5),
+    "every other switch": dict(num_heads=4, num_kv_heads=2, attention_softcap=5.0, qk_norm="l2",
+                               learned_positions=True, activation="swiglu", bias=True,
+                               block_norm="layernorm", norm_gain=True, softcap_kind="shifted"),
     "bigrams in the residual": dict(bigram_rows=97, embed_shortcut=False),
 }
 NO_WINDOWS = "baseline"

@@ -25,19 +25,25 @@ OTHER = dict(
     target="2.5", val_tokens="1024", token_budget="3000000", batch_size="512",
     batch_stages="256,512", batch_lr_power="0.25", device_batch_size="256", val_batch_size="128",
     row_length="32", val_row_length="128", document_masking="false", max_document_length="99",
-    document_rests="true", vocab_size="50300", num_layers="6", num_heads="4", attention_dim="48",
-    model_dim="32", mlp_ratio="2", activation="gelu", qk_norm="false", attention_scale="0.25",
+    document_rests="true", vocab_size="50300", num_layers="6", num_heads="4", num_kv_heads="1",
+    attention_dim="48", model_dim="32", mlp_ratio="2", activation="gelu", bias="true",
+    block_norm="layernorm", norm_gain="true", qk_norm="none", attention_scale="0.25",
+    attention_softcap="30",
     attention_output_scale="0.5", attention_gate="true", rotary_base="500", rotary_fraction="1",
-    norm_eps="1e-4", norm_embed="false", tied_head="true", logit_softcap="30",
+    learned_positions="true",
+    norm_eps="1e-4", norm_embed="false", tied_head="true", untie_frac="0.5",
+    logit_softcap="30", softcap_kind="isru",
     unigram_power="0.25", key_offset="true", bigram_rows="1009", value_embeddings="0",
     skip_connections="false", embed_shortcut="false", output_mixing="true",
-    zero_init_projections="false", window_start="64", window_end="640", optimizer="adam",
+    zero_init_projections="false", window_start="64", window_end="640", window_growth="stepwise",
+    optimizer="adam",
     matrix_lr="0.01", embed_lr="0.02", bigram_lr="0.2", head_lr="0.03", scalar_lr="0.5",
     muon_momentum="0.9", muon_beta2="0.9", muon_nesterov="false", muon_iteration="newton-schulz",
+    muon_steps="4",
     adam_beta1="0.7", adam_beta2="0.99", adam_eps="1e-7",
-    row_moments="true", weight_decay="0.01", train_steps="9",
-    warmup_frac="0.1", cooldown_frac="0.2", final_lr_frac="0.3", dtype="bfloat16",
-    residual_dtype="bfloat16", loss_chunk_size="32", sampled_vocab="30000",
+    row_moments="true", weight_decay="0.01", grad_clip="1", train_steps="9",
+    warmup_frac="0.1", cooldown_frac="0.2", cooldown_shape="sqrt", final_lr_frac="0.3",
+    dtype="bfloat16", residual_dtype="bfloat16", loss_chunk_size="32", sampled_vocab="30000",
     tokens_ahead="2", attention="sdpa", fp8_head="true", fp8_blocks="true", fp8_gradients="true",
     triton_kernels="true", compile="true", kernel_warmup="true", save_every="2",
     save_on_exit="true", resume="latest", resume_anyway="true", stop_at_target="true",
@@ -309,7 +315,8 @@ def test_the_baseline_recipe_is_that_of_the_benchmark():
     assert (args.dtype, args.residual_dtype) == ("bfloat16", "float32")
     # None of the newer ideas
     assert (args.document_masking, args.window_start, args.window_end) == (False, 0, 0)
-    assert not (args.qk_norm or args.norm_embed or args.logit_softcap or args.value_embeddings)
+    assert args.qk_norm == "none"
+    assert not (args.norm_embed or args.logit_softcap or args.value_embeddings)
     assert not (args.skip_connections or args.embed_shortcut or args.zero_init_projections)
 
 

@@ -29,7 +29,7 @@ LENGTHS = [20, 1, 43, 3, 50, 11]  # of the documents in two rows of 64
 # Attention
 
 
-def naive_attention(q, k, v, batch, window, scale):
+def naive_attention(q, k, v, batch, window, scale, softcap=0.0):
     """A softmax over the keys that each query may see, in float64, one sequence at a time."""
     shape = q.shape
     q, k, v = (x.double().flatten(0, 1).transpose(0, 1) for x in (q, k, v))  # H, N, K
@@ -39,6 +39,7 @@ def naive_attention(q, k, v, batch, window, scale):
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         hidden = (distance < 0) | (distance > (window or end))
         scores = scale * q[:, start:end] @ k[:, start:end].mT
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         outputs.append(weights @ v[:, start:end])
     return torch.cat(outputs, 1).transpose(0, 1).reshape(shape)
@@ -239,6 +240,9 @@ def influential(model, batch, position, windows) -> set[int]:
 VARIANTS = {
     "modern": dict(),
     "offset": dict(key_offset=True, bigram_rows=97),
+    "groups": dict(num_heads=4, num_kv_heads=2, attention_softcap=5.0, learned_positions=True,
+                   activation="swiglu", block_norm="layernorm", norm_gain=True, bias=True,
+                   qk_norm="l2"),
     "baseline": baseline_args(
         row_length=64, vocab_size=256, num_layers=2, num_heads=2, model_dim=32, dtype="float32",
         tied_head=False,
@@ -581,7 +585,7 @@ def test_with_the_key_offset_a_long_layer_finds_a_token_by_the_one_before_it():
     args = tiny_args(num_layers=4, rotary_fraction=0.0, key_offset=True)
     keys = []
 
-    def attention(q, k, v, batch, window, scale):
+    def attention(q, k, v, batch, window, scale, softcap):
         keys.append(k)
         return sdpa_attention(q, k, v, batch, window, scale)
 
@@ -600,12 +604,142 @@ def test_with_the_key_offset_a_long_layer_finds_a_token_by_the_one_before_it():
 
 
 # -----------------------------------------------------------------------------
+# Switches against what they should compute
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("layout", BATCHES.values(), ids=BATCHES)
+def test_a_softcap_bends_the_logits_of_attention(layout, window):
+    batch, cap = random_batch(tiny_args(), **layout), 0.5
+    capped = lambda *args: sdpa_attention(*args, softcap=cap)  # noqa: E731
+    bent = lambda *args: naive_attention(*args, softcap=cap)  # noqa: E731
+    got = outputs_and_gradients(capped, batch, window)
+    expected = outputs_and_gradients(bent, batch, window, torch.float64)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_queries_in_a_row_share_a_head_of_keys_and_values(softcap):
+    batch = random_batch(tiny_args(), lengths=LENGTHS)
+    q, k, v = torch.randn(2, 64, 6, 8), *torch.randn(2, 2, 64, 2, 8)
+    repeated = [x.repeat_interleave(3, dim=2) for x in (k, v)]
+    expected = sdpa_attention(q, *repeated, batch, 7, 0.3, softcap)
+    torch.testing.assert_close(sdpa_attention(q, k, v, batch, 7, 0.3, softcap), expected)
+
+
+def test_packed_attention_gets_as_many_heads_of_keys_as_of_queries(monkeypatch):
+    attention = fake_varlen_attn(monkeypatch)
+    batch = random_batch(tiny_args(), lengths=LENGTHS)
+    q, k, v = torch.randn(2, 64, 6, 8), *torch.randn(2, 2, 64, 2, 8)
+    torch.testing.assert_close(attention(q, k, v, batch, 7, 0.3),
+                               sdpa_attention(q, k, v, batch, 7, 0.3))
+
+
+def test_fewer_heads_of_keys_are_the_model_whose_heads_of_keys_are_equal():
+    few = build(tiny_args(num_heads=4, num_kv_heads=2, attention_softcap=3.0, value_embeddings=0))
+    many = build(tiny_args(num_heads=4, attention_softcap=3.0, value_embeddings=0))
+    weights = few.state_dict()
+    for name in weights:
+        if name.endswith("qkv"):  # (2 queries + key + value, 2 heads, K) of each head of keys
+            parts = weights[name].unflatten(1, (2, 8))
+            q = parts[:2].transpose(0, 1).flatten(0, 1)  # the queries of a head of keys in a row
+            k, v = (part.repeat_interleave(2, dim=0) for part in parts[2:])
+            weights[name] = torch.stack([part.flatten(0, 1) for part in (q, k, v)])
+    many.load_state_dict(weights)
+    batch = random_batch(few.args, lengths=LENGTHS)
+    assert few(batch, (8, 16)).item() == pytest.approx(many(batch, (8, 16)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("rmsnorm", lambda x, g, b: g * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()),
+    ("layernorm", lambda x, g, b: b + g * (x - x.mean(-1, keepdim=True))
+     / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()),
+])
+def test_norms_are_what_they_are_called(kind, expected):
+    norm = train_gpt.Norm(tiny_args(block_norm=kind, norm_gain=True, bias=True))
+    gain, bias, x = torch.rand(32), torch.randn(32), 3 * torch.randn(5, 32) + 1
+    norm.gain.data = gain
+    if kind == "layernorm":
+        norm.bias.data = bias
+    torch.testing.assert_close(norm(x), expected(x, gain, bias), atol=1e-5, rtol=1e-5)
+    assert sum(1 for _ in train_gpt.Norm(tiny_args(block_norm=kind)).parameters()) == 0
+
+
+@pytest.mark.parametrize("activation, expected", [
+    ("relu2", lambda h: h.clamp_min(0) ** 2), ("relu", lambda h: h.clamp_min(0)),
+    ("gelu", lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2), ("silu", lambda h: h * h.sigmoid()),
+    ("swiglu", lambda h: h[..., :6] * h[..., 6:] * h[..., 6:].sigmoid()),
+    ("swiglu-wide", lambda h: h[..., :6] * h[..., 6:] * h[..., 6:].sigmoid()),
+])
+def test_activations_are_what_they_are_called(activation, expected):
+    h = 2 * torch.randn(3, 12)
+    torch.testing.assert_close(train_gpt.activate(h, activation), expected(h))
+
+
+def test_swiglu_has_as_many_weights_or_as_wide_a_layer():
+    def sizes(activation):
+        mlp = train_gpt.MLP(tiny_args(model_dim=96, activation=activation))
+        return sum(p.numel() for p in mlp.parameters()), mlp.projection.size(1)
+
+    weights, width = sizes("relu2")
+    assert sizes("swiglu") == (weights, width * 2 / 3)
+    assert sizes("swiglu-wide") == (weights * 3 / 2, width)
+
+
+def test_learned_places_count_from_each_documents_start():
+    args = tiny_args()
+    is_first = torch.zeros(2, 64, dtype=torch.bool)
+    batch = random_batch(args, lengths=LENGTHS)
+    is_first.view(-1)[batch.cu_seqlens[:-1].long()] = True
+    expected = torch.cat([torch.arange(length) for length in LENGTHS]).view(2, 64)
+    assert torch.equal(train_gpt.places(is_first), expected)
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("tanh", lambda x: 4 * torch.tanh(x / 4)), ("shifted", lambda x: 4 * torch.tanh((x + 5) / 4)),
+    ("isru", lambda x: x / (1 + (x / 4) ** 2).sqrt()),
+])
+def test_a_softcap_of_each_kind_has_its_own_curve_and_gradient(kind, expected):
+    logits = (3 * torch.randn(6, 9)).requires_grad_()
+    targets, ahead = torch.randint(9, (6, 1)), torch.ones(1)
+    losses, grad = train_gpt.cross_entropy(
+        logits.detach().clone(), targets, ahead, None, 9, 4.0, 1.0, torch.float32, kind)
+    reference = F.cross_entropy(expected(logits), targets[:, 0], reduction="none")
+    torch.testing.assert_close(losses, reference.detach())
+    torch.testing.assert_close(grad, torch.autograd.grad(reference.sum(), logits)[0])
+    args = tiny_args(logit_softcap=4.0, softcap_kind=kind)
+    x, weight = torch.randn(6, 5), torch.randn(9, 5)
+    with torch.no_grad():  # as validation and generation see it
+        total = linear_cross_entropy(x, weight, targets, ahead, None, args)
+    torch.testing.assert_close(
+        total, F.cross_entropy(expected(x @ weight.T), targets[:, 0], reduction="sum"))
+
+
+# -----------------------------------------------------------------------------
 # Every switch
 
 SWITCHES = [
     dict(activation="relu2"),
     dict(activation="gelu"),
-    dict(qk_norm=False),
+    dict(activation="relu"),
+    dict(activation="silu"),
+    dict(activation="swiglu"),
+    dict(activation="swiglu-wide"),
+    dict(bias=True),
+    dict(bias=True, block_norm="layernorm", norm_gain=True),
+    dict(block_norm="layernorm"),
+    dict(norm_gain=True),
+    dict(qk_norm="none"),
+    dict(qk_norm="l2"),
+    dict(attention_softcap=1.0),
+    dict(num_kv_heads=1),
+    dict(num_kv_heads=2, num_heads=4),
+    dict(learned_positions=True),
+    dict(learned_positions=True, rotary_fraction=0.0),
+    dict(tied_head=True, untie_frac=0.5),
+    dict(softcap_kind="shifted"),
+    dict(softcap_kind="isru"),
     dict(attention_scale=0.0),
     dict(attention_output_scale=0.2),
     dict(rotary_fraction=0.0),
@@ -650,8 +784,8 @@ def test_every_switch_trains_every_parameter_and_matters(switch):
     for name, gradient in gradients.items():
         assert gradient is not None, name
         assert gradient.isfinite().all() and gradient.abs().max() > 1e-7, name
-    default = tiny_args(num_layers=4)
-    if args != default:
+    default = tiny_args(**dict(num_layers=4) | ({"tied_head": True} if args.untie_frac else {}))
+    if args != default and not args.untie_frac:  # which begins as a tied head
         assert loss != loss_and_gradients(default, batch, (8, 16))[0]
 
 
@@ -734,10 +868,10 @@ def test_weights_start_in_the_spread_of_a_linear_layer_and_unit_embeddings():
 def test_a_parameter_that_nobody_initialises_is_named():
     class Extended(GPT):
         def reset_parameters(self):
-            self.gain = torch.nn.Parameter(torch.empty(3))
+            self.tilt = torch.nn.Parameter(torch.empty(3))
             super().reset_parameters()
 
-    with pytest.raises(RunError, match="gain.*reset_parameters"):
+    with pytest.raises(RunError, match="tilt.*reset_parameters"):
         Extended(tiny_args())
 
 

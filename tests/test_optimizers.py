@@ -59,6 +59,13 @@ def test_singular_values_end_near_one_and_the_vectors_stay(
     torch.testing.assert_close(U @ rotated @ V.T, X, atol=2e-3, rtol=0)  # and no other directions
 
 
+def test_more_steps_come_nearer():
+    G, U, V = matrix_with(np.linspace(0.02, 2.0, 24), 24, 24)
+    errors = [(zeropower(G[None].float(), steps=steps)[0].double() - U @ V.T).norm().item()
+              for steps in (1, 3, 5, 7)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.6 * errors[-2]
+
+
 @pytest.mark.parametrize("iteration", ITERATIONS)
 @pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8)])
 def test_a_stack_of_matrices_is_done_one_by_one(iteration, shape):
@@ -148,7 +155,7 @@ def test_muon_equals_the_hand_computation(shape, scale, nesterov, iteration):
     ours = parameters(shape, (2, *shape))  # three matrices
     expected = torch.cat([p.detach().clone().view(-1, *shape) for p in ours])
     muon = Muon([dict(params=named(ours), lr=0.1)], 0, 1, fuse=False, momentum=0.9,
-                nesterov=nesterov, iteration=iteration, weight_decay=0.5, beta2=0.0)
+                nesterov=nesterov, iteration=iteration, steps=5, weight_decay=0.5, beta2=0.0)
     buffer = torch.zeros(3, *shape)
     for momentum, lr in ((0.9, 0.1), (0.8, 0.05), (0.8, 0.2)):
         muon.param_groups[0].update(momentum=momentum, lr=lr)
@@ -167,7 +174,7 @@ def test_normuon_evens_out_the_rows_or_columns_and_keeps_the_norm(shape, dim):
     ours = parameters(shape)
     expected = ours[0].detach().clone()
     muon = Muon([dict(params=named(ours), lr=0.1)], 0, 1, fuse=False, momentum=0.0, beta2=0.8,
-                nesterov=False, iteration="polar-express", weight_decay=0.0)
+                nesterov=False, iteration="polar-express", steps=5, weight_decay=0.0)
     mean_squares = torch.zeros(1)
     for _ in range(3):
         gradient = torch.randn(shape) * torch.linspace(0.1, 3, shape[0])[:, None]
@@ -285,6 +292,8 @@ OPTIMIZERS = {
                     bigram_lr=0.05, batch_stages="512,1024", tokens_ahead=3,
                     train_steps=3),
     "rows": dict(bigram_rows=31, row_moments=True),
+    "clipped": dict(grad_clip=0.01),
+    "untied late": dict(tied_head=True, untie_frac=0.5, activation="swiglu", bias=True),
 }
 
 
@@ -360,6 +369,42 @@ def test_the_micro_batch_size_does_not_change_the_training(
 ):
     args = training_args(**OPTIMIZERS[optimizer], device_batch_size=device_batch_size)
     assert_same_training(train_steps(ONE_RANK, args, shard), on_one_rank[optimizer])
+
+
+@pytest.mark.parametrize("limit", [0.01, 1e9])
+def test_a_clipped_gradient_is_torchs(limit):
+    args = tiny_args(optimizer="adam", grad_clip=limit)
+    model, batch = build(args), random_batch(args, rows=8)
+    (model(batch, (0, 0)) / args.batch_size).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    expected = [p.grad.clone() for p in model.parameters()]
+    norm = torch.stack([grad.norm() for grad in expected]).norm()
+    assert norm == pytest.approx(limit, rel=1e-3) if limit == 0.01 else norm > 0.02
+    for p in model.parameters():
+        p.grad = None
+    optimizers, seen = build_optimizers(model, args), []
+    for optimizer in optimizers:
+        optimizer.update = lambda p, grad, state, group: seen.append(
+            (grad * group["grad_scale"]).square().sum())
+    train_step(model, optimizers, [batch], 0, args, ONE_RANK)
+    assert sum(seen).sqrt() == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_a_tied_head_goes_its_own_way_from_its_step_on():
+    args = tiny_args(tied_head=True, untie_frac=0.5, train_steps=4)
+    model = build(args, awake=False)
+    optimizers, equal = build_optimizers(model, args), []
+    tied = build(tiny_args(tied_head=True, train_steps=4), awake=False)
+    tied.load_state_dict({name: weight for name, weight in model.state_dict().items()
+                          if name != "head"})
+    tied_optimizers = build_optimizers(tied, tied.args)
+    for step in range(4):
+        batch = random_batch(args, rows=8, seed=step)
+        train_step(model, optimizers, [batch], step, args, ONE_RANK)
+        train_step(tied, tied_optimizers, [batch], step, tied.args, ONE_RANK)
+        equal.append((torch.equal(model.head, model.embed.weight),
+                      torch.allclose(model.embed.weight, tied.embed.weight, atol=1e-5)))
+    assert equal == [(True, True)] * 2 + [(False, False)] * 2
 
 
 def test_a_step_reports_the_mean_loss_and_takes_the_gradient_of_it():

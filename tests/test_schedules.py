@@ -1,6 +1,7 @@
 """Learning rates, momentum and attention windows as functions of the step."""
 
 import dataclasses
+import math
 
 import pytest
 from conftest import baseline_args, build, tiny_args
@@ -53,6 +54,27 @@ def test_the_modern_recipe_is_flat_and_then_falls_to_its_final_share():
     assert values[1000] == pytest.approx(0.1)
     falls = {round(a - b, 9) for a, b in zip(values[600:-1], values[601:], strict=True)}
     assert falls == {round(0.9 / 400, 9)}
+
+
+@pytest.mark.parametrize("shape, half, quarter", [
+    ("linear", 0.5, 0.25), ("cosine", 0.5, 0.1464466), ("sqrt", 1 - 0.5**0.5, 1 - 0.75**0.5)])
+def test_a_cooldown_of_each_shape_falls_all_the_way(shape, half, quarter):
+    args = dataclasses.replace(MODERN, train_steps=100, cooldown_frac=0.4, final_lr_frac=0.1,
+                               cooldown_shape=shape)
+    values = [lr_multiplier(step, args) for step in (60, 80, 90, 100)]
+    assert values == pytest.approx([1.0, 0.1 + 0.9 * half, 0.1 + 0.9 * quarter, 0.1])
+
+
+@pytest.mark.parametrize("growth, expected", [
+    ("linear", [128, 640, 1024, 1536, 2048]), ("geometric", [128, 256, 512, 1024, 2048]),
+    ("stepwise", [128, 128, 1152, 2048, 2048])])
+def test_windows_grow_in_each_way_from_their_start_to_their_end(growth, expected):
+    args = dataclasses.replace(MODERN, train_steps=100, window_start=128, window_end=2048,
+                               window_growth=growth)
+    windows = [attention_windows(step, args) for step in (0, 25, 50, 75, 100)]
+    if growth == "linear":
+        expected = [128 * math.ceil((128 + 19.2 * step) / 128) for step in (0, 25, 50, 75, 100)]
+    assert windows == [(long // 2, long) for long in expected]
 
 
 def test_a_stage_of_smaller_batches_has_smaller_learning_rates():

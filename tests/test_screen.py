@@ -22,7 +22,7 @@ from screen import read_plan  # noqa: E402
 PLAN = """\
 # What a switch is worth
 control:
-no-norm: --qk_norm false     # queries and keys as they are
+no-norm: --qk_norm none     # queries and keys as they are
 """
 
 
@@ -47,12 +47,12 @@ def plan(tmp_path) -> Path:
 
 
 def test_a_plan_is_a_name_and_options_on_each_line():
-    assert read_plan(PLAN) == {"control": [], "no-norm": ["--qk_norm", "false"]}
+    assert read_plan(PLAN) == {"control": [], "no-norm": ["--qk_norm", "none"]}
 
 
 @pytest.mark.parametrize("text, problem", [
-    ("", "empty"), ("# nothing\n", "empty"), ("a:\n--qk_norm false\n", "line 2"),
-    ("a:\n\na: --qk_norm false\n", "line 3.*'a' above"), ("a b: --qk_norm false\n", "line 1"),
+    ("", "empty"), ("# nothing\n", "empty"), ("a:\n--qk_norm none\n", "line 2"),
+    ("a:\n\na: --qk_norm none\n", "line 3.*'a' above"), ("a b: --qk_norm none\n", "line 1"),
     ("../a:\n", "line 1"),
 ])
 def test_what_is_no_plan_is_refused_with_its_line(text, problem):
@@ -67,10 +67,11 @@ def test_every_line_runs_with_every_seed_and_the_table_compares_them_with_the_fi
     assert set(logs) == {"control-seed5", "control-seed6", "no-norm-seed5", "no-norm-seed6"}
     for name, log in logs.items():
         assert f"\nhyperparameter seed: {name[-1]}\n" in log
-        assert f"\nhyperparameter qk_norm: {name.startswith('control')}\n" in log
+        value = "rms" if name.startswith("control") else "none"
+        assert f"\nhyperparameter qk_norm: {value}\n" in log
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
     assert re.match(r"\| none: the control, control-seed5.txt \| 2 \|", rows[0])
-    assert re.match(r"\| `qk_norm`: True -> False \| 2 \| .* \| [+-]0\.\d{4} \| ", rows[1])
+    assert re.match(r"\| `qk_norm`: rms -> none \| 2 \| .* \| [+-]0\.\d{4} \| ", rows[1])
     assert len(rows) == 2
 
 
@@ -101,7 +102,7 @@ def test_a_run_that_fails_leaves_the_others_alone(plan):
     done = screen(plan, "--per_gpu", 2)
     assert done.returncode == 1
     assert "bad-seed1337: ended with exit status 1" in done.stdout
-    assert re.search(r"^\| `qk_norm`: True -> False \|", done.stdout, re.MULTILINE)
+    assert re.search(r"^\| `qk_norm`: rms -> none \|", done.stdout, re.MULTILINE)
 
 
 def test_without_a_run_that_ended_well_there_is_no_table(plan):
