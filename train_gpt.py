@@ -76,6 +76,7 @@ class Hyperparameters:
     document_masking: bool = True  # pack whole documents into rows; false: cut the stream
     max_document_length: int = 2_048  # tokens that a document is cut to
     document_rests: bool = False  # train on what is cut off too, as documents of their own
+    masked_share: float = 0.0  # share of tokens to hide, and predict from both sides; 0: next token
     # Model
     vocab_size: int = 50_257  # tokens
     num_layers: int = 12  # blocks
@@ -217,6 +218,10 @@ class Hyperparameters:
         if not self.document_masking:
             return self.row_length
         return min(self.max_document_length, self.row_length)
+
+    def predictions(self, tokens: int, row_length: int) -> int:
+        """How many of the tokens of whole rows are predicted."""
+        return tokens // row_length * hidden_per_row(row_length, self.masked_share or 1.0)
 
     @property
     def longest_row(self) -> int:
@@ -460,6 +465,10 @@ def find_problem(args: Hyperparameters) -> str | None:
                 f"multiple of 4")
     if args.num_heads % args.kv_heads:
         return f"--num_kv_heads {args.num_kv_heads} must divide --num_heads {args.num_heads}"
+    if args.masked_share and (args.samples_vocabulary or args.tokens_ahead > 1
+                              or args.sample_every):
+        return ("--masked_share hides tokens anywhere: add --sampled_vocab 0 --tokens_ahead 1 "
+                "--sample_every 0")
     if args.untie_frac and not args.tied_head:
         return f"--untie_frac {args.untie_frac} is for a head that begins with --tied_head true"
     if 2 * args.value_embeddings > args.num_layers:
@@ -470,7 +479,8 @@ def find_problem(args: Hyperparameters) -> str | None:
             return f"--{name} must be a number, got {value}"
     if not 0 <= args.seed < 2**63:
         return f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
-    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction", "untie_frac"):
+    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction", "untie_frac",
+                 "masked_share"):
         if not 0 <= getattr(args, name) <= 1:
             return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
     if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
@@ -538,10 +548,11 @@ class MicroBatch(NamedTuple):
     """Rows of packed sequences. `max_length`, in tokens, bounds the length of a sequence."""
 
     inputs_BT: Tensor  # int32
-    targets_BT: Tensor  # int32, the token after each input
+    targets_BT: Tensor  # int32, the token after each input, or the one hidden there, or -1
     cu_seqlens: Tensor  # int32, where sequences start in the flattened rows, then the end
     max_length: int
     whole_rows: bool  # each row is one sequence
+    is_causal: bool = True  # a token sees those before it, not those after it
 
     def to(self, device: torch.device) -> "MicroBatch":
         inputs, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in self[:3])
@@ -549,7 +560,28 @@ class MicroBatch(NamedTuple):
         torch._dynamo.mark_static(inputs)
         torch._dynamo.mark_static(targets)
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        return MicroBatch(inputs, targets, cu_seqlens, self.max_length, self.whole_rows)
+        return MicroBatch(inputs, targets, cu_seqlens, *self[3:])
+
+
+def hidden_per_row(row_length: int, share: float) -> int:
+    return max(1, round(share * row_length))
+
+
+def hide_tokens(
+    inputs_BT: np.ndarray, share: float, vocab_size: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of which a share is hidden, and as targets what they were, -1 for all others.
+
+    As in BERT (Devlin et al. 2019), of those to be predicted 8 in 10 are the vocabulary's last
+    token, one is any token and one stays; of each row as many.
+    """
+    generator, row_length = np.random.default_rng(seed), inputs_BT.shape[1]
+    order = generator.random(inputs_BT.shape).argsort(axis=1)
+    is_chosen = order < hidden_per_row(row_length, share)
+    lot = generator.random(inputs_BT.shape)
+    shown = np.where(lot < 0.8, vocab_size - 1, generator.integers(vocab_size - 1, size=lot.shape))
+    inputs_BT = inputs_BT.astype(np.int32)  # tokens on the disk have no -1
+    return np.where(is_chosen & (lot < 0.9), shown, inputs_BT), np.where(is_chosen, inputs_BT, -1)
 
 
 class TokenRows:
@@ -570,6 +602,10 @@ class TokenRows:
         if (largest := int(self.tokens.max())) >= args.vocab_size:
             raise RunError(f"{path} holds token {largest}, outside the vocabulary of "
                            f"{args.vocab_size:,}")
+        if args.masked_share and largest == args.vocab_size - 1:
+            raise RunError(f"{path} holds token {largest}, the vocabulary's last, which has to "
+                           f"stand for hidden ones; give a larger --vocab_size, as 50304")
+        self.args = args
         self.row_length = self.max_length = args.row_length if training else args.max_val_length
         self.whole_rows = not args.document_masking
         row_starts = np.arange(0, len(self.tokens) - self.row_length, self.row_length)
@@ -621,12 +657,16 @@ class TokenRows:
         starts, lengths = self.starts[sequences], self.lengths[sequences]
         ends = np.cumsum(lengths)
         index = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-        arrays = self.tokens[index], self.tokens[index + 1], np.append(0, ends)
-        tensors = [torch.from_numpy(array.astype(np.int32)) for array in arrays]
-        inputs, targets, cu_seqlens = (t.pin_memory() if pin else t for t in tensors)
-        shape = (num_rows, self.row_length)
-        return MicroBatch(inputs.view(shape), targets.view(shape), cu_seqlens, self.max_length,
-                          self.whole_rows)
+        shape, share = (num_rows, self.row_length), self.args.masked_share
+        inputs, targets = (self.tokens[i].reshape(shape) for i in (index, index + 1))
+        if share:  # the same ones whatever the micro-batch
+            rows = [hide_tokens(row[None], share, self.args.vocab_size, first_row + i)
+                    for i, row in enumerate(inputs)]
+            inputs, targets = map(np.concatenate, zip(*rows, strict=True))
+        tensors = [torch.from_numpy(array.astype(np.int32))
+                   for array in (inputs, targets, np.append(0, ends))]
+        return MicroBatch(*(t.pin_memory() if pin else t for t in tensors), self.max_length,
+                          self.whole_rows, is_causal=not share)
 
 
 class ShardInfo(NamedTuple):
@@ -818,7 +858,8 @@ def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -
     cu_seqlens = torch.arange(0, num_tokens + 1, max_length, dtype=torch.int32)
     if cu_seqlens[-1] < num_tokens:
         cu_seqlens = torch.cat([cu_seqlens, torch.tensor([num_tokens], dtype=torch.int32)])
-    return MicroBatch(inputs, targets, cu_seqlens, max_length, not args.document_masking)
+    return MicroBatch(inputs, targets, cu_seqlens, max_length, not args.document_masking,
+                      is_causal=not args.masked_share)
 
 
 # -----------------------------------------------------------------------------
@@ -833,9 +874,9 @@ def sdpa_attention(
 ) -> Tensor:
     """Attention through PyTorch's own kernels; runs anywhere. The plain twin of the others.
 
-    A query sees itself and at most `window` tokens before it (0: no limit), within its own
-    sequence. There may be fewer heads of keys and values, each for as many queries in a row.
-    Returns (B, T, H, K) in the dtype of `q_BTHK`.
+    A query sees itself and at most `window` tokens before it (0: no limit), and in a batch that is
+    not causal as many after it, within its own sequence. There may be fewer heads of keys and
+    values, each for as many queries in a row. Returns (B, T, H, K) in the dtype of `q_BTHK`.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     mask = None
@@ -845,24 +886,30 @@ def sdpa_attention(
         distance_TT = position[:, None] - position
         token = torch.arange(B * T, device=q.device, dtype=torch.int32)
         sequence_BT = torch.searchsorted(batch.cu_seqlens, token, right=True).view(B, T)
+        distance_TT = distance_TT if batch.is_causal else distance_TT.abs()
         mask = (distance_TT >= 0) & (sequence_BT[:, :, None] == sequence_BT[:, None, :])
         mask = (mask & (distance_TT <= window) if window else mask)[:, None]
-    return masked_attention(q, k, v, mask, scale, softcap).transpose(1, 2)
+    is_causal = mask is None and batch.is_causal
+    with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
+        return masked_attention(q, k, v, mask, is_causal, scale, softcap).transpose(1, 2)
 
 
-def masked_attention(q_BHTK, k_BHSK, v_BHSK, mask, scale: float, softcap: float) -> Tensor:
-    """Attention where the mask is true, by default to what is not later; (B, H, T, K).
+def masked_attention(
+    q_BHTK, k_BHSK, v_BHSK, mask, is_causal: bool, scale: float, softcap: float
+) -> Tensor:
+    """Attention where the mask, if any, is true, or else everywhere, or to what is not later.
 
-    With a `softcap` (Gemma 2) the logits exist all at once.
+    Returns (B, H, T, K). With a `softcap` (Gemma 2) the logits exist all at once.
     """
     if not softcap:
         has_groups = q_BHTK.size(1) != k_BHSK.size(1)
-        with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
-            return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale,
-                                                  is_causal=mask is None, enable_gqa=has_groups)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale,
+                                              is_causal=is_causal, enable_gqa=has_groups)
     k, v = (per_query(x, q_BHTK, dim=1) for x in (k_BHSK, v_BHSK))
     logits = softcap * torch.tanh((q_BHTK @ k.mT).float() * (scale / softcap))
-    mask = torch.ones_like(logits[0, 0], dtype=torch.bool).tril() if mask is None else mask
+    if mask is None:
+        mask = torch.ones_like(logits[0, 0], dtype=torch.bool)
+        mask = mask.tril() if is_causal else mask
     return logits.masked_fill(~mask, -torch.inf).softmax(-1).type_as(v) @ v
 
 
@@ -880,8 +927,13 @@ def varlen_attention(
 
     q, k, v = (per_query(x, q_BTHK, dim=2).flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
     y = varlen_attn(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.max_length,
-                    batch.max_length, scale=scale, window_size=(window or -1, 0))
+                    batch.max_length, scale=scale, window_size=both_ways(window, batch))
     return y.view_as(q_BTHK)
+
+
+def both_ways(window: int, batch: MicroBatch) -> tuple[int, int]:
+    """The window as FlashAttention has it: tokens before and after, -1 for no limit."""
+    return window or -1, 0 if batch.is_causal else window or -1
 
 
 def load_flash_attention() -> Callable | None:
@@ -899,7 +951,8 @@ def load_flash_attention() -> Callable | None:
         q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
         cap = dict(softcap=softcap) if softcap else {}
         y = flash(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.max_length, batch.max_length,
-                  softmax_scale=scale, causal=True, window_size=(window or -1, 0), **cap)
+                  softmax_scale=scale, causal=batch.is_causal,
+                  window_size=both_ways(window, batch), **cap)
         return y.view_as(q_BTHK)
 
     return flash_attention
@@ -1204,7 +1257,7 @@ class Memory:
         distance = self.position - self.places
         mask = ((distance >= 0) & (distance <= (window or self.length)))[None]
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k, v))
-        return masked_attention(q, k, v, mask, scale, softcap).transpose(1, 2)
+        return masked_attention(q, k, v, mask, False, scale, softcap).transpose(1, 2)
 
 
 class CausalSelfAttention(nn.Module):
@@ -1425,6 +1478,9 @@ class GPT(nn.Module):
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """Logits of the next token, (N, V), float32, for what `hidden` returns."""
+        if self.args.masked_share:
+            raise RunError("a model of --masked_share predicts hidden tokens, and none that "
+                           "follows; train one without it")
         weight = pad_vocabulary(self.head_weight.to(x_ND.dtype))
         return final_logits(x_ND, weight, self.args.vocab_size, self.logit_bias,
                             self.args.logit_softcap, self.args.softcap_kind)
@@ -1505,7 +1561,8 @@ def linear_cross_entropy(
     for x, targets in split(args.loss_chunk_size, x_ND, targets_NK[:, :1]):
         logits = final_logits(x, weight, len(weight_VD), offsets_V, args.logit_softcap,
                               args.softcap_kind)
-        total = total + (log_total(logits, args.logit_softcap) - pick(logits, targets)).sum()
+        losses = log_total(logits, args.logit_softcap) - pick(logits, targets.clamp_min(0))
+        total = total + (losses * (targets >= 0) if args.masked_share else losses).sum()
     return total
 
 
@@ -2006,7 +2063,7 @@ def set_schedules(optimizers: list[ShardedOptimizer], step: int, args: Hyperpara
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier(step, args)
-            group["grad_scale"] = 1 / args.batch_size_at(step)
+            group["grad_scale"] = 1 / args.predictions(args.batch_size_at(step), args.row_length)
             if "momentum" in group:
                 group["momentum"] = muon_momentum(step, args)
 
@@ -2039,7 +2096,7 @@ def evaluate(
             batch_index += 1
     if ranks.world_size > 1:
         dist.all_reduce(total)
-    return total.item() / args.val_tokens
+    return total.item() / args.predictions(args.val_tokens, args.max_val_length)
 
 
 # -----------------------------------------------------------------------------
@@ -2973,7 +3030,7 @@ def train_step(
         model.head.data.copy_(model.embed.weight.data)
     if ranks.world_size > 1:
         dist.all_reduce(total)
-    return total / args.batch_size_at(step)
+    return total / args.predictions(args.batch_size_at(step), args.row_length)
 
 
 def clip_gradients(optimizers: list[ShardedOptimizer], limit: float, ranks: Ranks) -> None:

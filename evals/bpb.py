@@ -64,6 +64,9 @@ def bits_per_byte(options: argparse.Namespace, ranks: Ranks) -> dict:
     """What is measured, by name; the same on all ranks. ValueError for people."""
     encoding = load_encoding(options.vocab_dir)
     model, windows, state = train_gpt.load_run(options.run, ranks.device, options.log_dir)
+    if model.args.masked_share:
+        raise RunError("bits per byte want a model that predicts the next token, not a "
+                       "--masked_share of them")
     given = {name: getattr(options, name) for name in ("data_path", "val_tokens")}
     args = dataclasses.replace(model.args, **{k: v for k, v in given.items() if v is not None})
     if problem := train_gpt.find_problem(args):

@@ -1,5 +1,6 @@
 """From shards on disk to the micro-batches of each rank and step."""
 
+import dataclasses
 import hashlib
 import itertools
 import re
@@ -224,6 +225,27 @@ def test_the_largest_sequence_length_is_known_without_looking_at_the_data(tmp_pa
     assert TokenRows(path, args, training=True).micro_batch(0, 1).max_length == 40
     assert TokenRows(path, args, training=False).micro_batch(0, 1).max_length == 64
     assert not TokenRows(path, args, training=True).micro_batch(0, 1).whole_rows
+
+
+def test_of_each_row_a_share_is_hidden_and_to_be_predicted(tmp_path):
+    path = write_tokens(tmp_path / "a.bin", random_tokens(3, 64 * 200 + 1, vocab_size=255))
+    args = data_args(document_masking=False, masked_share=0.25, vocab_size=256)
+    rows = TokenRows(path, args, training=True)
+    batch, stream = rows.micro_batch(0, 200), flat_tokens(path)[:-1]
+    original = torch.tensor(stream).view(200, 64)
+    chosen = batch.targets_BT >= 0
+    assert not batch.is_causal and (chosen.sum(1) == 16).all()
+    assert torch.equal(batch.targets_BT[chosen], original[chosen].int())
+    assert (batch.targets_BT[~chosen] == -1).all()
+    assert torch.equal(batch.inputs_BT[~chosen], original[~chosen].int())
+    shares = [is_so.float().mean() for is_so in (
+        batch.inputs_BT[chosen] == 255, batch.inputs_BT[chosen] == original[chosen])]
+    assert shares == [pytest.approx(0.8, abs=0.02), pytest.approx(0.1, abs=0.02)]
+    assert chosen.float().mean(0).std() < 0.1  # no place is preferred
+    again = torch.cat([rows.micro_batch(row, 2).inputs_BT for row in range(0, 200, 2)])
+    assert torch.equal(again, batch.inputs_BT)
+    with pytest.raises(RunError, match="token 254.*--vocab_size"):
+        TokenRows(path, dataclasses.replace(args, vocab_size=255), training=True)
 
 
 # -----------------------------------------------------------------------------

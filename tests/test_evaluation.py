@@ -19,7 +19,9 @@ from conftest import (
 
 import train_gpt
 from train_gpt import (
+    GPT,
     MicroBatch,
+    RunError,
     TokenRows,
     build_optimizers,
     evaluate,
@@ -78,6 +80,23 @@ def test_the_loss_is_the_mean_over_the_rows_of_the_stream(stream):
     for val_tokens in (64, 640):
         args = stream_args(stream, val_tokens=val_tokens)
         assert val_loss(ONE_RANK, args) == pytest.approx(naive_loss(args, tokens), rel=1e-6)
+
+
+def test_the_loss_is_the_mean_over_hidden_tokens(stream):
+    args = stream_args(stream, masked_share=0.2, vocab_size=257)
+    rows, model, losses = val_data(args)[0], build(args), []
+    with torch.no_grad():
+        for i in range(10):
+            batch = rows.micro_batch(i, 1)
+            logits = GPT.hidden(model, batch, WINDOWS) @ model.head_weight.T
+            logits = 15 * torch.tanh(logits / 15)
+            hidden = batch.targets_BT >= 0
+            losses += torch.nn.functional.cross_entropy(
+                logits[hidden], batch.targets_BT[hidden].long(), reduction="none").tolist()
+    assert len(losses) == 10 * 13
+    assert val_loss(ONE_RANK, args) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    with pytest.raises(RunError, match="--masked_share"):
+        model.logits(torch.zeros(1, 32))
 
 
 def test_longer_rows_let_tokens_see_further_back(stream):

@@ -37,6 +37,7 @@ def naive_attention(q, k, v, batch, window, scale, softcap=0.0):
     outputs = []
     for start, end in zip(bounds, bounds[1:], strict=False):
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        distance = distance if batch.is_causal else distance.abs()
         hidden = (distance < 0) | (distance > (window or end))
         scores = scale * q[:, start:end] @ k[:, start:end].mT
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
@@ -76,8 +77,8 @@ def naive_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, windo
     assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
     assert max_q == max_k >= int(cu_seqlens_q.diff().max())
     left, right = window_size
-    assert right in (0, -1) and (left > 0 or left == -1), "-1 is no limit, 0 is none but itself"
-    batch = MicroBatch(None, None, cu_seqlens_q, max_q, False)
+    assert right in (0, left) and (left > 0 or left == -1), "-1 is no limit, 0 is none but itself"
+    batch = MicroBatch(None, None, cu_seqlens_q, max_q, False, is_causal=right == 0)
     y = naive_attention(q[None], k[None], v[None], batch, 0 if left == -1 else left, scale)
     return y[0].to(q.dtype)
 
@@ -89,7 +90,7 @@ def fake_flash(**marks):
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None,
         causal=False, window_size=(-1, -1),
     ):
-        assert causal and softmax_scale is not None
+        assert causal == (window_size[1] == 0) and softmax_scale is not None
         module.calls += 1
         return naive_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                             softmax_scale, window_size)
@@ -113,23 +114,23 @@ def fake_varlen_attn(monkeypatch):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
 
     def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        assert window_size[1] == 0, "causal"
         return naive_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     return train_gpt.varlen_attention
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 7])
 @pytest.mark.parametrize("layout", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("backend", ["flash", "varlen"])
 def test_packed_backends_are_called_so_that_they_equal_sdpa(
-    flash_modules, monkeypatch, backend, layout, window
+    flash_modules, monkeypatch, backend, layout, window, causal
 ):
     flash_modules(interface=fake_flash())
     attention = (train_gpt.load_flash_attention() if backend == "flash"
                  else fake_varlen_attn(monkeypatch))
-    batch = random_batch(tiny_args(), **layout)
+    batch = random_batch(tiny_args(), **layout)._replace(is_causal=causal)
     got = outputs_and_gradients(attention, batch, window)
     expected = outputs_and_gradients(sdpa_attention, batch, window)
     for a, b in zip(got, expected, strict=True):
@@ -287,6 +288,23 @@ def test_every_fourth_layer_and_the_last_look_back_far_and_the_others_little(
     for windows in ((1, 2), (2, 3)):
         reach = short * windows[0] + long * windows[1]
         assert influential(model, batch, 60, windows) == set(range(60 - reach, 61))
+
+
+@pytest.mark.parametrize("windows", [NO_WINDOWS, (2, 4)])
+@pytest.mark.parametrize("softcap", [0, 5])
+def test_with_hidden_tokens_a_position_sees_both_sides_within_its_document(windows, softcap):
+    args = tiny_args(masked_share=0.2, attention_softcap=softcap)
+    model = build(args)
+    for lengths in (LENGTHS, [64, 64]):
+        batch = distinct_batch(args, lengths)._replace(is_causal=False)
+        reach = sum(windows) if any(windows) else 128
+        for position in (0, 15, 40, 70, 126):
+            end = next(total for i in range(len(lengths))
+                       if (total := sum(lengths[: i + 1])) > position)
+            start = end - lengths[[sum(lengths[: i + 1]) for i in range(len(lengths))].index(end)]
+            seen = influential(model, batch, position, windows)
+            assert seen == set(range(max(start, position - reach),
+                                     min(end, position + reach + 1)))
 
 
 # -----------------------------------------------------------------------------

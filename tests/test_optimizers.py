@@ -293,6 +293,7 @@ OPTIMIZERS = {
                     train_steps=3),
     "rows": dict(bigram_rows=31, row_moments=True),
     "clipped": dict(grad_clip=0.01),
+    "hidden tokens": dict(masked_share=0.1, vocab_size=254),
     "untied late": dict(tied_head=True, untie_frac=0.5, activation="swiglu", bias=True),
 }
 
