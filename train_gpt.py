@@ -65,6 +65,9 @@ class Hyperparameters:
     target: float = 0.0  # val loss to reach, nats per token
     val_tokens: int = 1_048_576  # the first so many tokens of the val shards
     token_budget: int = 5_000_000_000  # training tokens at most
+    # The dial: one of a family of models, in place of the recipe's sizes; the rules are in `dial`
+    depth: int = 0  # blocks; sets width, heads, rates, batch and steps too; 0: the recipe's own
+    target_param_data_ratio: float = 10.5  # with `depth`: training tokens per weight in products
     # Data and batches
     batch_size: int = 393_216  # tokens per step, over all GPUs and micro-batches
     batch_stages: str = ""  # instead, in stages of equally many steps, as 512,1024
@@ -261,6 +264,8 @@ RECORD = dict(
     triton_kernels=True,
 )
 
+EIGHT_BITS = ("fp8_head", "fp8_blocks", "fp8_gradients", "triton_kernels")
+
 # Small enough for two cores of a CPU and some minutes.
 TINY = dict(
     batch_size=2_048, device_batch_size=2_048, val_batch_size=8_192, row_length=512,
@@ -363,6 +368,10 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
         else:
             settings |= dict(type=field.type, metavar=None if settings["choices"] else "VALUE")
         parser.add_argument(*flags, **settings)
+    parser.add_argument("--total_batch_size", metavar="auto|TOKENS",
+                        help="batch_size; auto: by the rule of --depth, which is its default")
+    parser.add_argument("--fp8", action="store_true",
+                        help=f"short for --{' --'.join(EIGHT_BITS)}")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(Hyperparameters)]
@@ -372,6 +381,12 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
         parser.error(f"unknown option {' '.join(unknown)}{hint}")
 
     overrides = vars(given)
+    if overrides.pop("fp8", False):
+        overrides = dict.fromkeys(EIGHT_BITS, True) | overrides
+    if (tokens := overrides.pop("total_batch_size", "auto")) != "auto":
+        if not tokens.isdecimal():
+            parser.error(f"--total_batch_size must be auto or a number of tokens, got {tokens!r}")
+        overrides["batch_size"] = int(tokens)
     if overrides.get("resume"):
         args = resumed_hyperparameters(overrides, parser)
     else:
@@ -389,7 +404,60 @@ def new_hyperparameters(overrides: dict) -> Hyperparameters:
     names = dict(track=track, recipe=recipe)
     if "batch_size" in overrides:  # it is asked for in place of the recipe's stages
         names["batch_stages"] = overrides.get("batch_stages", "")
-    return Hyperparameters(**RECIPES[recipe] | TRACKS[track] | overrides | names)
+    args = Hyperparameters(**RECIPES[recipe] | TRACKS[track])
+    if overrides.get("depth", 0) > 0:
+        args = dial(args, overrides)
+    return dataclasses.replace(args, **overrides | names)
+
+
+def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
+    """The recipe as a model of `depth` blocks; of what is overridden too, the rest is worked out.
+
+    - The width is 64 per block, as in GPT-2 small. Heads keep their width, attention its share.
+    - Muon's learning rate stays, because its updates are scaled to the shape (Jordan et al. 2024);
+      Adam's go with 1 / sqrt(width), as in nanochat (Karpathy 2025).
+    - `target_param_data_ratio` training tokens per weight of the matrix products of each token,
+      which are those of the blocks and of the head (Hoffmann et al. 2022; embeddings are none).
+    - The batch goes with tokens^0.383 (Bergsma et al. 2025), by powers of two, and the learning
+      rates with its root (Malladi et al. 2022), by way of `batch_lr_power`.
+    - Learning rate x weight decay x steps stays (Wang and Aitchison 2024).
+
+    The recipe's own model, rates, batch and steps are what the rules start from.
+    """
+    depth, width = overrides["depth"], 64 * overrides["depth"]
+    share = recipe.attention_width / recipe.model_dim
+    heads = max(1, round(share * width / recipe.head_dim))
+    attention_dim = heads * recipe.head_dim
+    rates = {f"{kind}_lr": getattr(recipe, f"{kind}_lr") * (recipe.model_dim / width) ** 0.5
+             for kind in LEARNING_RATES if kind != "matrix" or recipe.optimizer == "adam"}
+    args = dataclasses.replace(
+        recipe, num_layers=depth, model_dim=width, num_heads=heads,
+        attention_dim=0 if attention_dim == width else attention_dim,
+        value_embeddings=min(recipe.value_embeddings, depth // 2), **rates)
+    args = dataclasses.replace(args, **overrides)
+    if find_problem(args):
+        return args
+    tokens, tokens_before = (args.target_param_data_ratio * weights_in_products(a)
+                             for a in (args, recipe))
+    growth = 2.0 ** round(0.383 * math.log2(tokens / tokens_before))
+    if not {"batch_size", "batch_stages"} & overrides.keys():
+        rows = [max(1, round(growth * size / args.row_length)) for size in args.stage_batch_sizes]
+        common, most = math.gcd(*rows), max(1, args.device_batch_size // args.row_length)
+        micro_rows = max(n for n in range(1, most + 1) if common % n == 0)
+        args = dataclasses.replace(
+            args, batch_stages=",".join(str(n * args.row_length) for n in rows),
+            device_batch_size=micro_rows * args.row_length)
+    mean_batch = sum(args.stage_batch_sizes) / len(args.stage_batch_sizes)
+    steps = overrides.get("train_steps") or max(1, round(tokens / mean_batch))
+    decay = (recipe.weight_decay * recipe.matrix_lr * recipe.train_steps
+             / (args.matrix_lr * growth**args.batch_lr_power * steps))
+    return dataclasses.replace(args, train_steps=steps, weight_decay=decay)
+
+
+def weights_in_products(args: Hyperparameters) -> int:
+    """Weights of the matrix products of each token, the head's among them."""
+    with torch.device("meta"):
+        return GPT(args).active_weights
 
 
 def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) -> Hyperparameters:
@@ -427,9 +495,9 @@ def find_problem(args: Hyperparameters) -> str | None:
     for name in positive:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
-    for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start",
-                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
-                 "attention_softcap", "grad_clip"):
+    for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start", "depth",
+                 "target_param_data_ratio", "attention_dim", "logit_softcap", "unigram_power",
+                 "sampled_vocab", "num_kv_heads", "attention_softcap", "grad_clip"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
     for name in ("save_every", "sample_every"):
@@ -1429,6 +1497,10 @@ class GPT(nn.Module):
         return sum(p.numel() for name, p in self.named_parameters()
                    if p.ndim > 1 and name != "head" and "embed" not in name)
 
+    @property
+    def active_weights(self) -> int:
+        return self.matrix_weights + self.head_weight.numel()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise each parameter by its name; RunError names one that nobody thought of."""
@@ -2371,7 +2443,7 @@ def log_header(
     for name, value in dataclasses.asdict(args).items():
         log(f"hyperparameter {name}: {value}")
     parameters = sum(p.numel() for p in model.parameters())
-    active = model.matrix_weights + model.head_weight.numel()
+    active = model.active_weights
     log(f"parameters: {parameters:,} in all, {active:,} in matrix products of each token")
     for batch_size in args.stage_batch_sizes:
         micro_batches = batch_size // args.device_batch_size // ranks.world_size

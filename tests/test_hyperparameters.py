@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 
 import train_gpt
-from train_gpt import parse_hyperparameters, reasons_not_a_record
+from train_gpt import lr_multiplier, parse_hyperparameters, reasons_not_a_record
 
 FIELDS = {field.name: field for field in dataclasses.fields(train_gpt.Hyperparameters)}
 SMALL = ("--track sample --recipe sample --model_dim 16 --num_heads 2 --num_layers 2 "
@@ -22,7 +23,8 @@ SMALL = ("--track sample --recipe sample --model_dim 16 --num_heads 2 --num_laye
 # Another value of each field, as text, that is fine next to SMALL.
 OTHER = dict(
     track="sample", recipe="sample-baseline", seed="5", run_id="abc", data_path="elsewhere",
-    target="2.5", val_tokens="1024", token_budget="3000000", batch_size="512",
+    target="2.5", val_tokens="1024", token_budget="3000000", depth="3",
+    target_param_data_ratio="2", batch_size="512",
     batch_stages="256,512", batch_lr_power="0.25", device_batch_size="256", val_batch_size="128",
     row_length="32", val_row_length="128", document_masking="false", max_document_length="99",
     document_rests="true", masked_share="0.25", vocab_size="50300", num_layers="6", num_heads="4",
@@ -456,3 +458,75 @@ print(json.dumps(dict(
     [line] = done.stdout.splitlines()
     assert json.loads(line) == dict(cuda=False, dist=False, same=True, threads=[], heavy=[])
     assert list(tmp_path.iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# The dial of depth
+
+
+def dialled(recipe: str, depth: int, *options):
+    return parse_hyperparameters(["--track", "gpt2-small", "--recipe", recipe, "--depth",
+                                  str(depth), "--token_budget", "99000000000", *options])
+
+
+RECIPES = ["modern", "record", "baseline"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("depth", [4, 5, 7, 12, 16, 26, 36])
+def test_a_model_of_each_depth_follows_the_rules(recipe, depth):
+    base, args = train_gpt.RECIPES[recipe], dialled(recipe, depth)
+    base = dataclasses.replace(train_gpt.Hyperparameters(), **base)
+    assert (args.num_layers, args.model_dim) == (depth, 64 * depth)
+    assert args.head_dim == base.head_dim
+    share = base.attention_width / base.model_dim
+    assert abs(args.attention_width - share * args.model_dim) <= base.head_dim / 2 or \
+        args.num_heads == 1
+    root = (base.model_dim / args.model_dim) ** 0.5
+    for kind in train_gpt.LEARNING_RATES:
+        factor = 1 if kind == "matrix" and base.optimizer == "muon" else root
+        assert getattr(args, f"{kind}_lr") == pytest.approx(factor * getattr(base, f"{kind}_lr"))
+    # Weights, counted anew: per block qkv, the output, the MLP; gates, mixing, head.
+    width, hidden = args.model_dim, args.mlp_ratio * args.model_dim
+    weights = depth * (4 * args.attention_width * width + 2 * hidden * width)
+    weights += args.vocab_size * width
+    assert args.train_tokens == pytest.approx(10.5 * weights, rel=0.02)
+    growth = [a / b for a, b in zip(args.stage_batch_sizes, base.stage_batch_sizes, strict=True)]
+    assert len(set(growth)) == 1 and math.log2(growth[0]) == round(math.log2(growth[0]))
+    assert args.batch_size == base.batch_size  # what the learning rates are those of
+    train_gpt.check_accumulation(args, 1)
+
+
+def test_the_batch_goes_with_the_tokens_and_the_weight_decay_against_the_steps():
+    small, middle, large = (dialled("baseline", depth) for depth in (6, 12, 24))
+    assert [a.stage_batch_sizes[0] for a in (small, middle, large)] == [2**18, 2**19, 2**20]
+    sums = [a.weight_decay * a.matrix_lr * lr_multiplier(a.train_steps // 2, a) * a.train_steps
+            for a in (small, middle, large)]
+    assert sums == pytest.approx([0.1 * 0.0018 * 4768] * 3, rel=1e-6)
+    assert dialled("modern", 24).weight_decay == 0
+
+
+def test_the_length_follows_the_ratio_and_each_rule_gives_way_to_an_option():
+    plain = dialled("modern", 8)
+    assert dialled("modern", 8, "--target_param_data_ratio", "21").train_tokens == pytest.approx(
+        2 * plain.train_tokens, rel=0.01)
+    args = dialled("modern", 8, "--batch_size", "131072", "--device_batch_size", "32768")
+    assert (args.stage_batch_sizes, args.device_batch_size) == ([131_072], 32_768)
+    assert args.train_tokens == pytest.approx(plain.train_tokens, rel=0.01)
+    args = dialled("modern", 8, "--train_steps", "50", "--embed_lr", "0.5", "--num_heads", "8",
+                   "--attention_dim", "256")
+    assert (args.train_steps, args.embed_lr, args.num_heads, args.head_dim) == (50, 0.5, 8, 32)
+    assert dialled("modern", 8, "--total_batch_size", "auto") == plain
+    assert dialled("modern", 8, "--total_batch_size", "131072").batch_size == 131_072
+
+
+def test_without_depth_nothing_is_dialled(refusal):
+    args = parse_hyperparameters([*SMALL, "--target_param_data_ratio", "3"])
+    assert args == dataclasses.replace(parse_hyperparameters(SMALL), target_param_data_ratio=3.0)
+    assert "--depth" in refusal("--depth", "-1")
+    assert "--total_batch_size" in refusal("--total_batch_size", "much")
+
+
+def test_fp8_is_short_for_all_of_it():
+    args = parse_hyperparameters([*SMALL, "--fp8", "--fp8_gradients", "false"])
+    assert args.fp8_head and args.fp8_blocks and args.triton_kernels and not args.fp8_gradients
