@@ -94,7 +94,7 @@ class Hyperparameters:
     norm_gain: bool = False  # those norms have a learned factor on each dimension
     qk_norm: str = "rms"  # of queries and keys: rms, l2 (to a length learned by head) or none
     attention_scale: float = 0.12  # softmax scale; 0: 1/sqrt(width of a head)
-    attention_softcap: float = 0.0  # attention's logits -> cap * tanh(logits / cap); 0: off
+    attention_softcap: float = 0.0  # the same cap for attention's; wants FlashAttention; 0: off
     attention_output_scale: float = 1.0  # factor on what attention adds to the residual
     attention_gate: bool = False  # each token scales each head's output, by 0 to 2
     rotary_base: float = 1_024.0  # longest wavelength / 2 pi, tokens
@@ -1004,7 +1004,7 @@ def both_ways(window: int, batch: MicroBatch) -> tuple[int, int]:
     return window or -1, 0 if batch.is_causal else window or -1
 
 
-def load_flash_attention() -> Callable | None:
+def load_flash_attention(has_softcap: bool = False) -> Callable | None:
     """`sdpa_attention` through an installed FlashAttention 3 or 2, or None."""
     flash = None
     for module in ("flash_attn", "flash_attn_interface"):  # the latter, version 3, wins
@@ -1012,7 +1012,7 @@ def load_flash_attention() -> Callable | None:
             flash = importlib.import_module(module).flash_attn_varlen_func
         except (ImportError, OSError, AttributeError):
             continue
-    if flash is None:
+    if flash is None or has_softcap and "softcap" not in inspect.signature(flash).parameters:
         return None
 
     def flash_attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale, softcap=0.0):
@@ -1036,7 +1036,8 @@ def choose_attention(args: Hyperparameters, device: torch.device) -> tuple[str, 
     if modern_gpu and args.dtype == "bfloat16":
         if not args.attention_softcap:
             usable["varlen"] = varlen_attention
-        if args.attention in ("auto", "flash") and (flash := load_flash_attention()):
+        if args.attention in ("auto", "flash") and (
+                flash := load_flash_attention(args.attention_softcap > 0)):
             usable["flash"] = flash
     name = args.attention
     if name == "auto":
@@ -1347,7 +1348,7 @@ class CausalSelfAttention(nn.Module):
             self.qkv_bias = nn.Parameter(torch.empty(parts * args.kv_width))
             self.projection_bias = nn.Parameter(torch.empty(args.model_dim))
         if args.qk_norm == "l2":
-            self.qk_length = nn.Parameter(torch.empty(args.num_heads, 1))
+            self.qk_length = nn.Parameter(torch.empty(args.num_heads))
         if has_value_embedding:
             self.value_lambdas = nn.Parameter(torch.empty(2))
         self.gate = None
@@ -1364,7 +1365,7 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm != "none":  # Dehghani et al. 2023
             q, k = norm(q, self.eps), norm(k, self.eps)
         if self.qk_length is not None:  # Henry et al. 2020
-            q = q * self.qk_length.type_as(q)
+            q = q * self.qk_length[:, None].type_as(q)
         attention, position = self.attention, None
         if memory is not None:
             attention = partial(memory.attend, self.layer, attention)
@@ -2036,7 +2037,7 @@ def build_optimizers(
     lrs = {kind: getattr(args, f"{kind}_lr") for kind in LEARNING_RATES}
     adam_groups, muon_groups = {}, {}
     for name, p in model.named_parameters():
-        if p.ndim < 2 or name.endswith(("gate", "qk_length")):
+        if p.ndim < 2 or name.endswith("gate"):
             kind = "scalar"
         elif name == "head" or name.startswith("mixing"):
             kind = "head"
