@@ -14,8 +14,10 @@ command goes on where it was stopped. Exit status: 0 if all runs ended well, 1 i
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
+import io
 import os
 import re
 import signal
@@ -32,6 +34,7 @@ from attempt import visible_gpus
 from logs import LogError, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 
 class Job(NamedTuple):
@@ -63,6 +66,22 @@ def read_plan(text: str) -> dict[str, list[str]]:
     return plan
 
 
+def hyperparameters_of(options: list[str]):
+    """train_gpt.Hyperparameters of a run here with these options; LogError says what is refused."""
+    import torch
+
+    import train_gpt
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            args = train_gpt.parse_hyperparameters(options)
+    except SystemExit:
+        raise LogError(refusal.getvalue().split("error: ", 1)[-1].strip()) from None
+    return train_gpt.switch_off(args, device)[0]
+
+
 def plan_jobs(
     plan: dict[str, list[str]], options: list[str], seeds: range, log_dir: Path
 ) -> list[Job]:
@@ -70,12 +89,6 @@ def plan_jobs(
 
     LogError names a line whose options train_gpt.py refuses.
     """
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    import train_gpt
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     jobs = []
     for seed in seeds:
         for name, changes in plan.items():
@@ -83,9 +96,9 @@ def plan_jobs(
             argv = [*options, *changes, "--seed", str(seed), "--run_id", log.stem,
                     "--log_dir", os.path.relpath(log_dir, ROOT)]  # the log names nobody's home
             try:
-                args, _ = train_gpt.switch_off(train_gpt.parse_hyperparameters(argv), device)
-            except SystemExit:
-                raise LogError(f"so it would be with the line {name!r} of the plan") from None
+                args = hyperparameters_of(argv)
+            except LogError as error:
+                raise LogError(f"the line {name!r} of the plan: {error}") from None
             settings = {key: str(value) for key, value in dataclasses.asdict(args).items()}
             jobs.append(Job(log, argv, settings))
     return jobs
@@ -129,7 +142,6 @@ def has_finished(job: Job) -> bool:
 
 def train_in_turn(lock: str, options: list[str]) -> int:
     """train_gpt.main(), which waits for the file `lock` before its clock starts."""
-    sys.path.insert(0, str(ROOT))
     import train_gpt
 
     start, turn = train_gpt.Clock.start, []
@@ -189,33 +201,14 @@ class Screening:
             process.terminate()
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["--train-in-turn"]:
-        return train_in_turn(sys.argv[2], sys.argv[3:])
-    parser = argparse.ArgumentParser(
-        prog="./run.sh screen", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Other options go to train_gpt.py.")
-    parser.add_argument("plan", type=Path, help="file of lines NAME: --option value ...")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each line")
-    parser.add_argument("--seed", type=int, default=1337, help="of the first run (default: 1337)")
-    parser.add_argument("--per_gpu", type=int, default=1, metavar="N",
-                        help="runs on a GPU, of which one trains (default: 1)")
-    parser.add_argument("--log_dir", type=Path, help="default: logs/NAME OF THE PLAN")
-    args, options = parser.parse_known_args()
-    if args.seeds < 1 or args.per_gpu < 1:
-        parser.error("--seeds and --per_gpu must be at least 1")
-    log_dir = (args.log_dir or ROOT / "logs" / args.plan.stem).resolve()
-    try:
-        plan = read_plan(args.plan.read_text(encoding="utf-8"))
-        seeds = range(args.seed, args.seed + args.seeds)
-        jobs = plan_jobs(plan, options, seeds, log_dir)
-        lock = lock_plan(args.plan, log_dir)
-        missing = [job for job in jobs if not has_finished(job)]
-    except (LogError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    slots = (visible_gpus() or [""]) * args.per_gpu
+def run_all(jobs: list[Job], plan: Path, log_dir: Path, per_gpu: int) -> list[Job]:
+    """Run those jobs of the plan that have no finished log, and return those that have one then.
+
+    LogError if a log is of another run, or the plan is being run in the folder already.
+    """
+    lock = lock_plan(plan, log_dir)
+    missing = [job for job in jobs if not has_finished(job)]
+    slots = (visible_gpus() or [""]) * per_gpu
     screening = Screening(missing)
 
     def stop(signum, frame):
@@ -229,14 +222,52 @@ def main() -> int:
         workers = [pool.submit(screening.work, gpu) for gpu in slots]
     for worker in workers:
         worker.result()
-    done = [job.log for job in jobs if has_finished(job)]
+    done = [job for job in jobs if has_finished(job)]
     lock.close()
+    return done
+
+
+def add_run_options(parser: argparse.ArgumentParser, log_dir: str) -> None:
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each line")
+    parser.add_argument("--seed", type=int, default=1337, help="of the first run (default: 1337)")
+    parser.add_argument("--per_gpu", type=int, default=1, metavar="N",
+                        help="runs on a GPU, of which one trains (default: 1)")
+    parser.add_argument("--log_dir", type=Path, help=f"default: {log_dir}")
+
+
+def parse_run_options(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """What the command line says, with `seeds` as a range, and the options of train_gpt.py."""
+    args, options = parser.parse_known_args()
+    if args.seeds < 1 or args.per_gpu < 1:
+        parser.error("--seeds and --per_gpu must be at least 1")
+    args.seeds = range(args.seed, args.seed + args.seeds)
+    return args, options
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--train-in-turn"]:
+        return train_in_turn(sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(
+        prog="./run.sh screen", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Other options go to train_gpt.py.")
+    parser.add_argument("plan", type=Path, help="file of lines NAME: --option value ...")
+    add_run_options(parser, "logs/NAME OF THE PLAN")
+    args, options = parse_run_options(parser)
+    log_dir = (args.log_dir or ROOT / "logs" / args.plan.stem).resolve()
+    try:
+        plan = read_plan(args.plan.read_text(encoding="utf-8"))
+        jobs = plan_jobs(plan, options, args.seeds, log_dir)
+        done = run_all(jobs, args.plan, log_dir, args.per_gpu)
+    except (LogError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if not done:
         print("no table: not one run has ended well", file=sys.stderr)
         return 1
     try:
         control = f"{next(iter(plan))}-seed{args.seed}"
-        print(f"\n{render(read_ablation(done, control))}", end="")
+        print(f"\n{render(read_ablation([job.log for job in done], control))}", end="")
     except LogError as error:
         print(f"no table: {error}", file=sys.stderr)
     return 0 if len(done) == len(jobs) else 1
