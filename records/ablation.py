@@ -230,9 +230,13 @@ def plot(path: Path, ablation: Ablation) -> None:
               xerr=[test.high - test.difference if test else math.nan for test in tests])
     axis.axvline(0, color="black", lw=1)
     axis.invert_yaxis()  # from the top, as in the table
+    axis.margins(y=0.01)
+    if beyond := max(map(abs, gaps)) > 1:  # what does not train would hide all of the others
+        axis.set_xscale("symlog", linthresh=0.1)
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("val_loss against the control, nats per token"
-                    + ", with its 95% interval" * any(tests))
+                    + ", with its 95% interval" * any(tests)
+                    + ", logarithmic beyond 0.1" * beyond)
     figure.suptitle(textwrap.fill(headline(ablation).replace("*", ""), 110), fontsize=9)
     save_figure(figure, path)
 
