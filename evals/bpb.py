@@ -75,8 +75,9 @@ def bits_per_byte(options: argparse.Namespace, ranks: Ranks) -> dict:
     num_bytes = count_bytes(shards, args, encoding)
     val_loss = train_gpt.evaluate(model, shards, args, windows, ranks)
     bits = val_loss * args.val_tokens / math.log(2)
-    return dict(bpb=bits / num_bytes, val_loss=val_loss, tokens=args.val_tokens, bytes=num_bytes,
-                bytes_per_token=num_bytes / args.val_tokens, run=state["run"], step=state["step"])
+    return dict(task="bpb", run=state["run"], step=state["step"], bpb=bits / num_bytes,
+                val_loss=val_loss, tokens=args.val_tokens, bytes=num_bytes,
+                bytes_per_token=num_bytes / args.val_tokens)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,6 @@ adds to it; nothing is ever deleted there. It needs a login: `hf auth login`, or
 """
 
 import argparse
-import hashlib
 import re
 import shutil
 import sys
@@ -18,14 +17,11 @@ from pathlib import Path
 
 import huggingface_hub
 import safetensors.torch
+from facts import find_log, find_source, find_verdict, public_settings, table, thin_out
+from logs import Run, source_files
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))
-from check import cell, check
-from logs import LogError, Run, read_log, source_files
-
-import train_gpt
-from train_gpt import FREE_TO_DIFFER, MODEL_FILE, Checkpoint, Hyperparameters, RunError
+import train_gpt  # facts.py has told where it is, and where logs.py is
+from train_gpt import MODEL_FILE, Checkpoint, Hyperparameters, RunError
 
 LEFT_OUT = {"train_losses", "val_losses", "rng"}  # of the state: only training needs them
 CURVE_ROWS = 8  # validations in the model card
@@ -74,38 +70,6 @@ A prompt is a list of tokens, the first of which is 50256, <|endoftext|>.
 """
 
 
-def find_log(folder: Path) -> tuple[list[Run], str]:
-    """The runs in the log of a checkpoint's run, or none and why."""
-    folder = folder.resolve()
-    path = folder.parent.with_name(f"{folder.parent.name}.txt")
-    if not folder.name.startswith("step_") or not path.is_file():
-        return [], "there is no log of the run beside its checkpoints"
-    try:
-        return read_log(path), ""
-    except LogError as error:
-        return [], str(error).replace(str(path), path.name)
-
-
-def find_source(state: dict, runs: list[Run]) -> str | None:
-    """The source that the checkpoint names by its hash: the one here, or that in the log."""
-    sources = [train_gpt.read_source(Hyperparameters(**train_gpt.saved_hyperparameters(state)))]
-    sources += [run.source.removesuffix("\n") for run in runs[:1] if run.source]
-    return next((source for source in sources
-                 if hashlib.sha256(source.encode()).hexdigest() == state["source"]), None)
-
-
-def find_verdict(state: dict, runs: list[Run], problem: str, source: str | None) -> str:
-    """What records/check.py says of the run, or why it was not asked."""
-    if problem:
-        return f"not checked: {problem}"
-    if (last := runs[-1].steps[-1]) != state["step"]:
-        return f"not checked: the log ends at step {last}, the checkpoint is of {state['step']}"
-    try:
-        return check(runs, script=source).verdict
-    except LogError as error:
-        return f"not checked: {error}"
-
-
 def write_model(checkpoint: Checkpoint, dtype: str, path: Path) -> None:
     """The weights as they were saved, or with 16 bits for each number of a matrix or a table."""
     if dtype == "float32":
@@ -114,12 +78,6 @@ def write_model(checkpoint: Checkpoint, dtype: str, path: Path) -> None:
     tensors = {name: x.bfloat16() if x.is_floating_point() and x.ndim > 1 else x
                for name, x in checkpoint.model.items()}
     safetensors.torch.save_file(tensors, path)
-
-
-def table(*rows: tuple) -> str:
-    """A table of Markdown; the first row is its head."""
-    lines = ["| " + " | ".join(cell(str(value)) for value in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def model_card(
@@ -137,8 +95,6 @@ def model_card(
     if runs and runs[0].hardware:
         hardware = f"{runs[0].world_size or '?'} x {runs[0].hardware}, torch {runs[0].torch}"
     resumed = ", resumed" if runs and runs[0].lines("resumed: ") else ""
-    count = min(len(curve), CURVE_ROWS)  # evenly over the run, the first and the last among them
-    chosen = [curve[round(i * (len(curve) - 1) / max(1, count - 1))] for i in range(count)]
     is_fineweb = all(re.fullmatch(FINEWEB, shard) for shard, _, _ in state["data"])
     return dict(
         datasets="datasets:\n- HuggingFaceFW/fineweb\n" if is_fineweb else "",
@@ -150,7 +106,8 @@ def model_card(
             ("weights", f"{numbers:,} numbers, {dtype}"),
             ("source", "train_gpt.py" if has_source else "not here: it could not be found"),
             ("records/check.py", verdict)),
-        curve=table(("step", "val_loss"), *((f"{step:,}", f"{loss:.5f}") for step, loss in chosen)),
+        curve=table(("step", "val_loss"), *((f"{step:,}", f"{loss:.5f}")
+                                            for step, loss in thin_out(curve, CURVE_ROWS))),
         data=table(("shard", "bytes", "SHA-256"), *state["data"]),
         settings=table(("name", "value"), *state["hyperparameters"].items()))
 
@@ -167,13 +124,8 @@ def export(run: str, folder: Path, dtype: str, log_dir: str) -> str:
         raise RunError(f"{checkpoint.folder} is an exported model already; copy the folder")
     runs, problem = find_log(checkpoint.folder)
     source = find_source(state, runs)
-    # Where things are on this machine is nobody's business.
-    settings = {name: value for name, value in state["hyperparameters"].items()
-                if name not in FREE_TO_DIFFER or name in ("run_id", "data_path")}
-    if settings["data_path"] not in {track["data_path"] for track in train_gpt.TRACKS.values()}:
-        settings["data_path"] = Path(settings["data_path"]).name
-    state["hyperparameters"] = settings
-    verdict = find_verdict(state, runs, problem, source)
+    state["hyperparameters"] = public_settings(state["hyperparameters"])
+    verdict = find_verdict(state["step"], runs, problem, source)
     folder.mkdir(parents=True, exist_ok=True)
     write_model(checkpoint, dtype, folder / MODEL_FILE)
     for name, text in source_files(source).items() if source else ():

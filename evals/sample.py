@@ -50,6 +50,16 @@ def open_device(name: str | None) -> torch.device:
                          ) from None
 
 
+def encode_prompt(prompt: str, encoding: tiktoken.Encoding, vocab_size: int) -> list[int]:
+    """The tokens of a document that begins so; ValueError if the model does not know them."""
+    tokens = [DOCUMENT_START, *encoding.encode_ordinary(prompt)]
+    if encoding.eot_token != DOCUMENT_START or max(tokens) >= vocab_size:
+        raise ValueError(f"<|endoftext|> is token {encoding.eot_token:,} of the vocabulary "
+                         f"{encoding.name}, but should be {DOCUMENT_START:,}, and the model knows "
+                         f"{vocab_size:,} tokens; give a --vocab_dir that fits")
+    return tokens
+
+
 def describe_speed(times: list[float]) -> str:
     """For a person: `times` are the start, in seconds, and when each token was there.
 
@@ -67,11 +77,7 @@ def sample(args: argparse.Namespace) -> None:
     """Print the samples that the command line asks for; ValueError for people."""
     device, encoding = open_device(args.device), load_encoding(args.vocab_dir)
     model, windows, _ = load_run(args.run, device, args.log_dir)
-    prompt = [DOCUMENT_START, *encoding.encode_ordinary(args.prompt)]
-    if encoding.eot_token != DOCUMENT_START or max(prompt) >= model.args.vocab_size:
-        raise ValueError(f"<|endoftext|> is token {encoding.eot_token:,} of the vocabulary "
-                         f"{encoding.name}, but should be {DOCUMENT_START:,}, and the model knows "
-                         f"{model.args.vocab_size:,} tokens; give a --vocab_dir that fits")
+    prompt = encode_prompt(args.prompt, encoding, model.args.vocab_size)
     for seed in range(args.seed, args.seed + args.n):
         tokens = generate(model, windows, prompt, args.tokens, args.temperature, args.top_k,
                           args.top_p, seed)
