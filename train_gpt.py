@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
@@ -120,9 +120,9 @@ class Hyperparameters:
     # Optimizers
     optimizer: str = "muon"  # of the hidden matrices: muon or adam; the rest is always adam
     matrix_lr: float = 0.05  # of the hidden matrices
-    embed_lr: float = 0.3  # of the token and value embeddings
+    embed_lr: float = 0.3  # of the token embedding, if it is not tied, and of value embeddings
     bigram_lr: float = 0.6  # of the bigram table
-    head_lr: float = 0.008  # of an untied head and of the output mixing
+    head_lr: float = 0.008  # of the head, tied or not, and of the output mixing
     scalar_lr: float = 0.04  # of the learned scalars and gates
     muon_momentum: float = 0.95  # reached from 0.85 over the first fifth of the run
     muon_beta2: float = 0.0  # decay of NorMuon's mean squares of each row; 0: plain Muon
@@ -346,14 +346,20 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
+@cache
+def field_notes() -> dict[str, str]:
+    """What the comments of Hyperparameters say, by field."""
+    source = inspect.getsource(Hyperparameters)
+    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
+
+
 def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
     """Hyper-parameters of a command line: defaults < recipe < track < `--name value`.
 
     Hyphens and underscores are the same. Exits with status 2 and a message on an unknown name, a
     wrong type, or sizes that do not fit each other.
     """
-    source = inspect.getsource(Hyperparameters)
-    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
+    notes = field_notes()
     parser = argparse.ArgumentParser(
         prog="train_gpt.py", usage="%(prog)s [--option value ...], or -h for the list of options",
         allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__,
@@ -2039,7 +2045,8 @@ def build_optimizers(
     for name, p in model.named_parameters():
         if p.ndim < 2 or name.endswith("gate"):
             kind = "scalar"
-        elif name == "head" or name.startswith("mixing"):
+        elif (name == "head" or name.startswith("mixing")
+              or name == "embed.weight" and args.tied_head):  # which does not learn faster
             kind = "head"
         elif name == "bigram_embed.weight":
             kind = "bigram"

@@ -206,8 +206,8 @@ def groups_of(model, args):
 LRS = dict(matrix_lr=0.01, embed_lr=0.02, bigram_lr=0.05, head_lr=0.03, scalar_lr=0.04)
 
 
-def expected_lr(name):
-    if name == "head":
+def expected_lr(name, tied=False):
+    if name == "head" or tied and name == "embed.weight":
         return 0.03
     if name == "bigram_embed.weight":
         return 0.05
@@ -226,9 +226,9 @@ def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(opti
     found = groups_of(model, args)
     assert set(found) == {name for name, _ in model.named_parameters()}
     for name, (holder, group) in found.items():
-        assert group["lr"] == group["initial_lr"] == expected_lr(name), name
+        assert group["lr"] == group["initial_lr"] == expected_lr(name, tied), name
         assert group["weight_decay"] == 0.3
-        is_muon = optimizer == "muon" and expected_lr(name) == 0.01
+        is_muon = optimizer == "muon" and expected_lr(name, tied) == 0.01
         assert isinstance(holder, Muon if is_muon else Adam), name
         if is_muon:
             assert (group["momentum"], group["nesterov"]) == (0.9, False)
