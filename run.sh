@@ -10,7 +10,9 @@ usage: ./run.sh [COMMAND] [--option value ...]
   ./run.sh                      train: with a GPU the single-gpu track, without one the sample track
   ./run.sh baseline             train the AdamW baseline on this machine, for a fair comparison
   ./run.sh attempt -n 4         train with 4 seeds, check and compare them; -h for more
+  ./run.sh ablate               try each design choice against one control; -h for more
   ./run.sh screen plan.txt      try many changes side by side, a line each; -h for more
+  ./run.sh miniseries           train two recipes at several sizes and lengths; -h for more
   ./run.sh submit "First Last"  bundle the repository as a submission, and check the bundle
   ./run.sh check                look at GPUs, memory, data, disk and versions; a few seconds
   ./run.sh test                 run the test suite
@@ -26,7 +28,7 @@ END
 
 command=train
 case "${1:-}" in
-    train | baseline | attempt | screen | submit | check | test) command=$1; shift ;;
+    train | baseline | attempt | ablate | screen | miniseries | submit | check | test) command=$1; shift ;;
     help | -h | --help) usage; exit ;;
     "" | --*) ;;
     *) usage >&2; echo >&2; echo "error: unknown command '$1'" >&2; exit 2 ;;
@@ -70,6 +72,8 @@ find_python
 
 if [ "$command" = test ]; then exec "$python" -m pytest "$@"; fi
 if [ "$command" = attempt ]; then exec "$python" records/attempt.py "$@"; fi
+if [ "$command" = ablate ]; then exec "$python" records/ablate.py "$@"; fi
+if [ "$command" = miniseries ]; then exec "$python" records/miniseries.py "$@"; fi
 if [ "$command" = screen ]; then exec "$python" records/screen.py "$@"; fi
 if [ "$command" = submit ]; then exec "$python" records/submit.py "$@"; fi
 

@@ -201,10 +201,13 @@ class Screening:
             process.terminate()
 
 
-def run_all(jobs: list[Job], plan: Path, log_dir: Path, per_gpu: int) -> list[Job]:
+def run_all(
+    jobs: list[Job], plan: Path, log_dir: Path, per_gpu: int, others: list[Job] | None = None
+) -> list[Job]:
     """Run those jobs of the plan that have no finished log, and return those that have one then.
 
-    LogError if a log is of another run, or the plan is being run in the folder already.
+    Also returns those of the `others`, which are not run, that have one. LogError if a log is of
+    another run, or the plan is being run in the folder already.
     """
     lock = lock_plan(plan, log_dir)
     missing = [job for job in jobs if not has_finished(job)]
@@ -222,7 +225,7 @@ def run_all(jobs: list[Job], plan: Path, log_dir: Path, per_gpu: int) -> list[Jo
         workers = [pool.submit(screening.work, gpu) for gpu in slots]
     for worker in workers:
         worker.result()
-    done = [job for job in jobs if has_finished(job)]
+    done = [job for job in [*jobs, *(others or [])] if has_finished(job)]
     lock.close()
     return done
 
