@@ -62,7 +62,7 @@ class Hyperparameters:
     run_id: str = ""  # name of the log; empty: made from the date, the recipe and the seed
     # The claim: a run that changes one of these four is not a record of its track
     data_path: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin
-    target: float = 0.0  # val loss to reach, nats per token
+    target: float = 0.0  # val loss to reach, nats per token; 0: none
     val_tokens: int = 1_048_576  # the first so many tokens of the val shards
     token_budget: int = 5_000_000_000  # training tokens at most
     # The dial: one of a family of models, in place of the recipe's sizes; the rules are in `dial`
@@ -301,6 +301,9 @@ TRACKS: dict[str, dict] = {
                        val_tokens=10_485_760, token_budget=10_000_000_000),
     "gpt2-medium": dict(recipe="modern-medium", data_path="data/fineweb10B", target=2.92,
                         val_tokens=10_485_760, token_budget=10_000_000_000),
+    # Ranked by the CORE score of evals/core.py; made for --depth.
+    "time-to-gpt2": dict(recipe="modern", data_path="data/fineweb10B", target=0.0,
+                         val_tokens=10_485_760, token_budget=20_000_000_000),
     "sample": dict(recipe="sample-record", data_path="data/sample", target=7.2,
                    val_tokens=16_384, token_budget=2_000_000),
 }
@@ -2570,7 +2573,9 @@ class Progress:
         self.log(f"peak memory: {peak_memory}", console=True)
         self.log(f"graphs compiled while the clock ran: {self.clock.recompilations}",
                  console=self.clock.recompilations > 0)
-        if self.reached:
+        if not args.target:
+            verdict = f"target none of track {args.track}: {self.outcome(*self.val_losses[-1])}"
+        elif self.reached:
             verdict = f"target {args.target} of track {args.track} reached: {self.reached}"
         else:
             verdict = (f"target {args.target} of track {args.track} not reached: "
@@ -2599,10 +2604,12 @@ def plot_losses(path: Path, train_losses: list, val_losses: list, args: Hyperpar
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.plot(range(1, len(train_losses) + 1), train_losses, color="0.7", lw=0.8, label="train")
     axes.plot(*zip(*val_losses, strict=True), "o-", color="tab:blue", ms=3, label="validation")
-    axes.axhline(args.target, color="tab:red", ls="--", lw=1, label=f"target {args.target}")
+    targets = [args.target] if args.target else []
+    for target in targets:
+        axes.axhline(target, color="tab:red", ls="--", lw=1, label=f"target {target}")
     axes.set(xlabel=f"step of {args.describe_batch()} tokens", ylabel="loss, nats per token",
              title=f"{path.stem}: val_loss {val_losses[-1][1]:.4f}")
-    shown = [loss for _, loss in val_losses[1:] or val_losses] + [args.target]
+    shown = [loss for _, loss in val_losses[1:] or val_losses] + targets
     axes.set_ylim(min(shown) - 0.1, max(shown) + 1.0)
     axes.legend()
     axes.grid(alpha=0.3)
@@ -3204,7 +3211,8 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
     wandb = start_wandb(args, run_id) if args.log_wandb and ranks.rank == 0 else None
 
     log(f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
-        f"{args.describe_batch()} tokens to val_loss {args.target}", console=True)
+        f"{args.describe_batch()} tokens" + f" to val_loss {args.target}" * (args.target > 0),
+        console=True)
     for note in notes:
         log(note, console=True)
     checkpoints = Checkpoints(log_path.with_suffix(""), log)

@@ -337,6 +337,8 @@ def describe_target(subject: Subject, curve: list) -> str:
     target = subject.settings.get("target")
     if target is None or not curve:
         return str(target or "unknown")
+    if not float(target):
+        return "none of val_loss"
     reached = next((step for step, loss, _ in curve if loss <= float(target)), None)
     return f"{target}, " + ("not reached" if reached is None else f"reached at step {reached:,}")
 

@@ -239,6 +239,7 @@ def test_one_hopper_gpu_has_a_default_recipe_of_its_own(monkeypatch):
         ("single-gpu", 3.3821, 1_048_576, 5_000_000_000, "data/fineweb10B"),
         ("gpt2-small", 3.28, 10_485_760, None, "data/fineweb10B"),
         ("gpt2-medium", 2.92, 10_485_760, None, "data/fineweb10B"),
+        ("time-to-gpt2", 0.0, 10_485_760, None, "data/fineweb10B"),
     ],
 )
 def test_a_track_claims_its_target_on_its_tokens(track, target, val_tokens, budget, data_path):

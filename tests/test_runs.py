@@ -363,6 +363,15 @@ def test_a_run_on_the_claim_of_its_track_says_nothing_against_a_record(tmp_path)
     assert run.log.splitlines()[-1].startswith("target 7.2 of track sample not reached")
 
 
+def test_a_run_without_a_target_neither_reaches_one_nor_misses_it(tmp_path):
+    run = run_main(tmp_path, "--target=0", "--stop_at_target", "--train_steps=1", plot=True)
+    assert run.status == 0
+    last = f"{run.val_losses[-1][1]:.5f} at step 1, train_time "
+    assert run.log.splitlines()[-1].startswith(f"target none of track sample: val_loss {last}")
+    assert "tokens to val_loss" not in run.out
+    assert train_gpt.has_verdict(run.path)
+
+
 def test_a_run_off_the_claim_of_its_track_says_why_it_is_no_record(tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(SAMPLE, folder)
