@@ -414,21 +414,27 @@ def new_hyperparameters(overrides: dict) -> Hyperparameters:
     if "batch_size" in overrides:  # it is asked for in place of the recipe's stages
         names["batch_stages"] = overrides.get("batch_stages", "")
     args = Hyperparameters(**RECIPES[recipe] | TRACKS[track])
-    if overrides.get("depth", 0) > 0:
-        args = dial(args, overrides)
-    return dataclasses.replace(args, **overrides | names)
+    if overrides.get("depth", 0) <= 0:
+        return dataclasses.replace(args, **overrides | names)
+    overrides = overrides | names
+    if not overrides.get("batch_stages", "-") and "batch_size" in overrides:
+        # The learning rates stay those of the recipe's batch.
+        overrides["batch_stages"] = str(overrides.pop("batch_size"))
+    return dial(args, overrides)
 
 
 def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     """The recipe as a model of `depth` blocks; of what is overridden too, the rest is worked out.
 
-    - The width is 64 per block, as in GPT-2 small. Heads keep their width, attention its share.
+    - The width is 64 per block, as in GPT-2 small. Heads keep their width, attention its share, and
+      its outputs GPT-2's scale of 1 / sqrt(2 x blocks), if they have one.
     - Muon's learning rate stays, because its updates are scaled to the shape (Jordan et al. 2024);
       Adam's go with 1 / sqrt(width), as in nanochat (Karpathy 2025).
     - `target_param_data_ratio` training tokens per weight of the matrix products of each token,
       which are those of the blocks and of the head (Hoffmann et al. 2022; embeddings are none).
-    - The batch goes with tokens^0.383 (Bergsma et al. 2025), by powers of two, and the learning
-      rates with its root (Malladi et al. 2022), by way of `batch_lr_power`.
+    - The batch goes with weights^0.383, as it does with tokens if their ratio stays (Bergsma et al.
+      2025), by powers of two, and the learning rates with the root of the batch (Malladi et al.
+      2022), by way of `batch_lr_power`.
     - Learning rate x weight decay x steps stays (Wang and Aitchison 2024).
 
     The recipe's own model, rates, batch and steps are what the rules start from.
@@ -439,28 +445,38 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     attention_dim = heads * recipe.head_dim
     rates = {f"{kind}_lr": getattr(recipe, f"{kind}_lr") * (recipe.model_dim / width) ** 0.5
              for kind in LEARNING_RATES if kind != "matrix" or recipe.optimizer == "adam"}
+    output_scale = recipe.attention_output_scale
+    if output_scale != 1:
+        output_scale *= (recipe.num_layers / depth) ** 0.5
     args = dataclasses.replace(
         recipe, num_layers=depth, model_dim=width, num_heads=heads,
         attention_dim=0 if attention_dim == width else attention_dim,
+        attention_output_scale=output_scale,
         value_embeddings=min(recipe.value_embeddings, depth // 2), **rates)
     args = dataclasses.replace(args, **overrides)
-    if find_problem(args):
+    if find_problem(dataclasses.replace(args, train_steps=1)):
         return args
-    tokens, tokens_before = (args.target_param_data_ratio * weights_in_products(a)
-                             for a in (args, recipe))
-    growth = 2.0 ** round(0.383 * math.log2(tokens / tokens_before))
-    if not {"batch_size", "batch_stages"} & overrides.keys():
+    weights, weights_before = map(weights_in_products, (args, recipe))
+    if "batch_stages" not in overrides:
+        growth = 2.0 ** round(0.383 * math.log2(weights / weights_before))
         rows = [max(1, round(growth * size / args.row_length)) for size in args.stage_batch_sizes]
         common, most = math.gcd(*rows), max(1, args.device_batch_size // args.row_length)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        common //= ranks if common % ranks == 0 else 1
         micro_rows = max(n for n in range(1, most + 1) if common % n == 0)
         args = dataclasses.replace(
             args, batch_stages=",".join(str(n * args.row_length) for n in rows),
-            device_batch_size=micro_rows * args.row_length)
-    mean_batch = sum(args.stage_batch_sizes) / len(args.stage_batch_sizes)
-    steps = overrides.get("train_steps") or max(1, round(tokens / mean_batch))
-    decay = (recipe.weight_decay * recipe.matrix_lr * recipe.train_steps
-             / (args.matrix_lr * growth**args.batch_lr_power * steps))
-    return dataclasses.replace(args, train_steps=steps, weight_decay=decay)
+            device_batch_size=overrides.get("device_batch_size", micro_rows * args.row_length))
+    batch, batch_before = (sum(sizes) / len(sizes)
+                           for sizes in (args.stage_batch_sizes, recipe.stage_batch_sizes))
+    tokens = args.target_param_data_ratio * weights
+    steps = overrides.get("train_steps") or max(1, round(tokens / batch))
+    decay = recipe.weight_decay
+    if decay and args.matrix_lr:
+        rate = args.matrix_lr * (batch / batch_before) ** args.batch_lr_power
+        decay *= recipe.matrix_lr * recipe.train_steps / (rate * steps)
+    return dataclasses.replace(args, train_steps=steps,
+                               weight_decay=overrides.get("weight_decay", decay))
 
 
 def weights_in_products(args: Hyperparameters) -> int:
@@ -505,10 +521,12 @@ def find_problem(args: Hyperparameters) -> str | None:
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
     for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start", "depth",
-                 "target_param_data_ratio", "attention_dim", "logit_softcap", "unigram_power",
-                 "sampled_vocab", "num_kv_heads", "attention_softcap", "grad_clip"):
+                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
+                 "attention_softcap", "grad_clip"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
+    if args.target_param_data_ratio <= 0:
+        return f"--target_param_data_ratio must be above 0, got {args.target_param_data_ratio}"
     for name in ("save_every", "sample_every"):
         if getattr(args, name) < -1:
             return f"--{name} must be -1 or more, got {getattr(args, name)}"
@@ -546,6 +564,8 @@ def find_problem(args: Hyperparameters) -> str | None:
                               or args.sample_every):
         return ("--masked_share hides tokens anywhere: add --sampled_vocab 0 --tokens_ahead 1 "
                 "--sample_every 0")
+    if args.untie_frac and args.grad_clip:
+        return "--grad_clip would count a head that is still tied twice: leave out --untie_frac"
     if args.untie_frac and not args.tied_head:
         return f"--untie_frac {args.untie_frac} is for a head that begins with --tied_head true"
     if 2 * args.value_embeddings > args.num_layers:
@@ -1076,8 +1096,8 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
         missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
                                      "instead, and slower")
     if args.bias or args.norm_gain:
-        reason = "they want a bound, which --bias and --norm_gain leave open; 16 bits instead"
-        missing |= {"fp8_head": reason, "fp8_blocks": reason}
+        reason = "it wants a bound, which --bias and --norm_gain leave open; 16 bits instead"
+        missing |= {"fp8_blocks": reason} | ({"fp8_head": reason} if args.norm_gain else {})
     missing = {name: reason for name, reason in missing.items() if getattr(args, name)}
     notes = [f"--{name} is off here: {reason}" for name, reason in missing.items()]
     return dataclasses.replace(args, **dict.fromkeys(missing, False)), notes
@@ -1195,7 +1215,7 @@ def linear(x: Tensor, weight: Tensor, bound=None, bias: Tensor | None = None) ->
     In 8-bit floats, without a bias, if a `bound` of |x| is given, a number or a scalar on the
     device of x.
     """
-    if bound is None:
+    if bound is None or bias is not None:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     y = Float8Linear.apply(x.flatten(0, -2), weight.to(x.dtype), bound)
     return y.unflatten(0, x.shape[:-1])
@@ -1370,7 +1390,8 @@ class CausalSelfAttention(nn.Module):
         B, T, D = x_BTD.shape
         qkv = linear(x_BTD, self.qkv.flatten(0, 1), D**0.5 if self.fp8 else None, self.qkv_bias)
         qkv = qkv.view(B, T, len(self.qkv), self.kv_heads, -1)
-        q, k, v = qkv[:, :, :-2].transpose(2, 3).flatten(2, 3), qkv[:, :, -2], qkv[:, :, -1]
+        q, k, v = qkv.split([len(self.qkv) - 2, 1, 1], dim=2)
+        q, k, v = q.transpose(2, 3).flatten(2, 3), k.squeeze(2), v.squeeze(2)
         if self.qk_norm != "none":  # Dehghani et al. 2023
             q, k = norm(q, self.eps), norm(k, self.eps)
         if self.qk_length is not None:  # Henry et al. 2020
@@ -1756,7 +1777,7 @@ def cross_entropy(
         grad.sub_((vocabulary == targets_NK[:, k : k + 1]) * weight)
     if softcap:
         slope = z.div_(softcap).square_().neg_().add_(1)
-        grad.mul_(slope.pow_(1.5) if kind == "isru" else slope)
+        grad.mul_(slope.clamp_min_(0).pow_(1.5) if kind == "isru" else slope)
     grad = grad.mul_(scale).to(dtype)
     return losses[:, 0], F.pad(grad, (0, logits_NV.size(1) - vocab_size))
 
@@ -2138,7 +2159,7 @@ def attention_windows(step: int, args: Hyperparameters) -> tuple[int, int]:
     grown = args.window_start + (args.window_end - args.window_start) * done
     if args.window_growth == "geometric" and args.window_start:
         grown = args.window_start * (args.window_end / args.window_start) ** done
-    long = 128 * math.ceil(grown / 128)
+    long = 128 * math.ceil(round(grown / 128, 6))
     return long // 2, long
 
 
@@ -2735,7 +2756,10 @@ def no_checkpoint(run: str, log_dir: str) -> str:
 def saved_hyperparameters(state: dict) -> dict:
     """Those that this script still has, by name."""
     names = {field.name for field in dataclasses.fields(Hyperparameters)}
-    return {name: value for name, value in state["hyperparameters"].items() if name in names}
+    saved = {name: value for name, value in state["hyperparameters"].items() if name in names}
+    if isinstance(saved.get("qk_norm"), bool):  # as it was once
+        saved["qk_norm"] = "rms" if saved["qk_norm"] else "none"
+    return saved
 
 
 def load_run(
@@ -3149,7 +3173,9 @@ def warm_up(
             micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)
             train_step(compiled, optimizers, micro_batches, step, args, ranks)
             if reserve and step == 0:
-                reserve(tensors_to_save(model, optimizers))
+                tensors = tensors_to_save(model, optimizers)
+                if ranks.rank == 0:  # which saves for all
+                    reserve(tensors)
     model.load_state_dict(saved[0])
     for optimizer, state in zip(optimizers, saved[1:], strict=True):
         optimizer.load_state_dict(state)

@@ -165,6 +165,9 @@ def main() -> int:
         first, names = next(iter(plan)), parse_names(given.only, plan)
         options = ["--val_loss_every", "0", *options]  # the end is what is compared
         control = hyperparameters_of(options)
+        if control.depth:
+            raise LogError("the rules of --depth would change more than a line says; name the "
+                           "sizes instead, as --num_layers 8 --model_dim 512 --num_heads 4")
         steps = min(MAX_STEPS, control.train_steps) if given.steps is None else given.steps
         log_dir = given.log_dir or ROOT / "logs" / f"ablation-{control.recipe}-{steps}"
         log_dir = log_dir.resolve()

@@ -15,6 +15,7 @@ command goes on where it was stopped. Exit status: 0 if all runs ended well, 1 i
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +23,17 @@ from typing import NamedTuple
 
 import check
 import numpy as np
-from compare import crossing, save_figure
+from ablate import fetch_data, fit_memory
+from compare import crossing, differences, save_figure
 from logs import LogError, Run, read_logs
-from screen import ROOT, add_run_options, parse_run_options, plan_jobs, run_all
+from screen import (
+    ROOT,
+    add_run_options,
+    hyperparameters_of,
+    parse_run_options,
+    plan_jobs,
+    run_all,
+)
 
 
 class Point(NamedTuple):
@@ -75,6 +84,9 @@ def read_series(paths: Sequence[str | Path]) -> list[Point]:
         if finding.status != check.PASS:
             raise LogError(f"{finding.reason}; run it again, or name the other logs only")
     for run in runs:
+        problems, _ = differences(runs[:1], [run])
+        if problems:
+            raise LogError(f"{run.name} cannot stand beside {runs[0].name}: {'; '.join(problems)}")
         given, weights = run.hyperparameters, run.fact(r"^parameters: .*?([\d,]+) in matrix")
         depth = run.number("depth")
         if not depth or weights is None:
@@ -157,8 +169,8 @@ def plot(path: Path, points: list[Point]) -> None:
     figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
     recipes = list(dict.fromkeys(point.recipe for point in points))
     compute = np.geomspace(min(p.compute for p in points), max(p.compute for p in points), 100)
-    for color, recipe in zip(("tab:gray", "tab:blue", "tab:red", "tab:green"), recipes,
-                             strict=False):
+    colors = ["tab:gray", "tab:blue", "tab:red", "tab:green"]
+    for color, recipe in zip(itertools.cycle(colors), recipes, strict=False):
         mine = [point for point in points if point.recipe == recipe]
         for depth in dict.fromkeys(point.depth for point in mine):
             of_size = [point for point in mine if point.depth == depth]
@@ -200,7 +212,11 @@ def main() -> int:
     folder = (args.log_dir or ROOT / "logs" / "miniseries").resolve()
     try:
         plan = series_plan(*(text.split(",") for text in (args.depths, args.ratios, args.recipes)))
-        jobs = [] if args.logs else plan_jobs(plan, options, args.seeds, folder)
+        jobs = []
+        if not args.logs:
+            plan = {name: fit_memory([*options, *changes]) for name, changes in plan.items()}
+            fetch_data([hyperparameters_of(line) for line in plan.values()])
+            jobs = plan_jobs(plan, [], args.seeds, folder)
         done = run_all(jobs, Path("miniseries"), folder, args.per_gpu) if jobs else []
         if jobs and not done:
             raise LogError("not one run has ended well")

@@ -153,6 +153,12 @@ def test_unknown_names_are_refused_with_those_there_are_and_nothing_runs():
     assert ", ".join(LINES) in done.stderr
 
 
+def test_the_dial_is_refused_whose_rules_would_change_more_than_a_line_says():
+    done = run("ablate", "--only", "gelu", "--depth", "2", "--target_param_data_ratio", "0.001",
+               *SHORT)
+    assert done.returncode == 1 and "--num_layers" in done.stderr and not done.stdout
+
+
 def test_without_a_line_that_changes_something_there_is_nothing_to_compare(tmp_path):
     done = run("ablate", "--only", "relu2", "--log_dir", tmp_path / "logs", *SHORT)
     assert done.returncode == 1 and "nothing to compare control with" in done.stderr

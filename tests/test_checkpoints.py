@@ -429,6 +429,19 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("then, now", [(True, "rms"), (False, "none")])
+def test_a_checkpoint_from_when_qk_norm_was_yes_or_no_keeps_its_meaning(
+    tmp_path, whole, then, now
+):
+    shutil.copytree(whole.path.parent, tmp_path / "logs")
+    folder = tmp_path / "logs" / "run" / "step_000009"
+    state = train_gpt.read_state(folder)
+    state["hyperparameters"]["qk_norm"] = then
+    train_gpt.write_state(folder, state)
+    model, _, _ = train_gpt.load_run(str(folder), CPU)
+    assert model.args.qk_norm == now
+
+
 def test_a_checkpoint_of_another_program_is_told_from_ours(tmp_path, whole, data):
     shutil.copytree(whole.path.parent, tmp_path / "logs")
     for path in (tmp_path / "logs" / "run").glob("step_*"):

@@ -72,9 +72,9 @@ NEWER = dict(key_offset=True, attention_dim=64, unigram_power=0.5, bigram_rows=1
              muon_beta2=0.9, row_moments=True, batch_stages="512,1024", tokens_ahead=3,
              triton_kernels=True)
 SWITCHED = dict(num_heads=4, num_kv_heads=2, activation="swiglu", bias=True, qk_norm="l2",
-                learned_positions=True, block_norm="layernorm", norm_gain=True, grad_clip=1.0,
+                learned_positions=True, block_norm="layernorm", norm_gain=True,
                 tied_head=True, untie_frac=0.5, softcap_kind="isru", muon_steps=4)
-HIDDEN = dict(masked_share=0.2, num_kv_heads=1)
+HIDDEN = dict(masked_share=0.2, num_kv_heads=1, grad_clip=1.0)
 EIGHT_BITS = dict(triton_kernels=True, fp8_head=True, fp8_blocks=True)
 ALL_EIGHT_BITS = EIGHT_BITS | dict(fp8_gradients=True)
 

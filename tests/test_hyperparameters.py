@@ -91,7 +91,7 @@ def test_every_field_is_tried_below():
 @pytest.mark.parametrize("equals", [False, True])
 def test_an_option_sets_its_field_in_every_spelling(hyphens, equals):
     argv = []
-    alone = ("resume", "masked_share")  # the one wants a checkpoint, the other no sampling
+    alone = ("resume", "masked_share", "untie_frac")  # want a checkpoint, no sampling, no clipping
     others = {name: text for name, text in OTHER.items() if name not in alone}
     for name, text in others.items():
         option = "--" + (name.replace("_", "-") if hyphens else name)
@@ -290,6 +290,17 @@ def test_what_a_device_cannot_run_is_switched_off_by_name(monkeypatch, capabilit
     assert [note.split()[0] for note in notes] == [f"--{name}" for name in off]
     modern = parse_hyperparameters(["--track", "single-gpu", "--recipe", "modern"])
     assert train_gpt.switch_off(modern, device) == (modern, [])
+
+
+@pytest.mark.parametrize("switch, off", [
+    ("bias", ["fp8_blocks"]), ("norm_gain", ["fp8_head", "fp8_blocks"])])
+def test_what_leaves_no_bound_switches_8_bit_floats_off(monkeypatch, switch, off):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    args = parse_hyperparameters(["--track", "single-gpu", "--recipe", "record", f"--{switch}"])
+    changed, notes = train_gpt.switch_off(args, torch.device("cuda"))
+    assert changed == dataclasses.replace(args, **dict.fromkeys(off, False))
+    assert len(notes) == len(off) and all("bound" in note for note in notes)
 
 
 def test_the_budget_refuses_a_step_too_many_and_names_the_most(refusal):
@@ -514,17 +525,44 @@ def test_the_length_follows_the_ratio_and_each_rule_gives_way_to_an_option():
     args = dialled("modern", 8, "--batch_size", "131072", "--device_batch_size", "32768")
     assert (args.stage_batch_sizes, args.device_batch_size) == ([131_072], 32_768)
     assert args.train_tokens == pytest.approx(plain.train_tokens, rel=0.01)
+    stages = dialled("record", 12).train_tokens
+    for size in ("32768", "524288"):
+        args = dialled("record", 12, "--batch_size", size, "--device_batch_size", "32768")
+        assert args.stage_batch_sizes == [int(size)]
+        assert args.train_tokens == pytest.approx(stages, rel=0.01)
     args = dialled("modern", 8, "--train_steps", "50", "--embed_lr", "0.5", "--num_heads", "8",
                    "--attention_dim", "256")
     assert (args.train_steps, args.embed_lr, args.num_heads, args.head_dim) == (50, 0.5, 8, 32)
     assert dialled("modern", 8, "--total_batch_size", "auto") == plain
-    assert dialled("modern", 8, "--total_batch_size", "131072").batch_size == 131_072
+    args = dialled("modern", 8, "--total_batch_size", "131072")
+    assert args.stage_batch_sizes == [131_072] and args.batch_size == plain.batch_size
+    by_rule, by_hand = dialled("baseline", 20), dialled("baseline", 20, "--batch_size", "1048576")
+    assert by_rule == by_hand  # and so are its learning rates
+    assert dialled("baseline", 12, "--weight_decay", "0.3").weight_decay == 0.3
+    assert dialled("baseline", 12, "--matrix_lr", "0").matrix_lr == 0
+    # The budget counts for the model that is asked for, not for the recipe's.
+    assert dialled("modern", 4, "--token_budget", "200000000").train_tokens < 200_000_000
+
+
+@pytest.mark.parametrize("world_size", ["2", "4", "8"])
+def test_the_micro_batch_of_the_dial_suits_the_ranks(monkeypatch, world_size):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    for recipe, depth in (("baseline", 6), ("modern", 8), ("modern", 16)):
+        train_gpt.check_accumulation(dialled(recipe, depth), int(world_size))
+
+
+def test_gpt2s_scale_of_outputs_goes_with_the_blocks():
+    for depth in (6, 12, 24):
+        assert dialled("baseline", depth).attention_output_scale == pytest.approx(
+            (2 * depth) ** -0.5)
+    assert dialled("modern", 6).attention_output_scale == 1
 
 
 def test_without_depth_nothing_is_dialled(refusal):
     args = parse_hyperparameters([*SMALL, "--target_param_data_ratio", "3"])
     assert args == dataclasses.replace(parse_hyperparameters(SMALL), target_param_data_ratio=3.0)
     assert "--depth" in refusal("--depth", "-1")
+    assert "--target_param_data_ratio" in refusal("--target_param_data_ratio", "0")
     assert "--total_batch_size" in refusal("--total_batch_size", "much")
 
 

@@ -83,7 +83,8 @@ def test_the_table_tells_all_runs_the_laws_and_the_speed_up(tmp_path):
 @pytest.mark.parametrize("text, expected", [
     (our_log(), "--depth"),
     (series_log().replace("step:40/40", "step:39/40"), "run"),
+    (series_log(gpu="NVIDIA A100"), "hardware"),
 ])
 def test_a_log_that_is_no_run_of_the_series_is_refused(tmp_path, text, expected):
     with pytest.raises(LogError, match=expected):
-        read_series(write_logs(tmp_path, text))
+        read_series(write_logs(tmp_path, series_log(), text))

@@ -181,6 +181,30 @@ def test_a_gpu_gets_the_first_attention_that_works_on_it(
     assert train_gpt.choose_attention(args, torch.device("cuda", 0))[0] == expected
 
 
+def test_a_cap_on_attention_goes_to_a_flash_attention_that_knows_it_and_never_to_varlen(
+    flash_modules, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    args = tiny_args(attention="auto", dtype="bfloat16", attention_softcap=5.0)
+    gpu, given = torch.device("cuda", 0), []
+
+    def knowing(q, k, v, *bounds, softcap=0.0, **settings):
+        given.append(softcap)
+        return torch.zeros_like(q)
+
+    flash_modules(types.SimpleNamespace(flash_attn_varlen_func=knowing), None)
+    name, attention = train_gpt.choose_attention(args, gpu)
+    assert name == "flash"
+    q = torch.randn(2, 64, 2, 8)
+    attention(q, q, q, random_batch(tiny_args()), 0, 0.3, 5.0)
+    attention(q, q, q, random_batch(tiny_args()), 0, 0.3)
+    assert given == [5.0, 0.0]
+    flash_modules(fake_flash(), None)  # knows of no cap
+    assert train_gpt.choose_attention(args, gpu)[0] == "sdpa"
+    with pytest.raises(RunError, match="no --attention_softcap"):
+        train_gpt.choose_attention(dataclasses.replace(args, attention="varlen"), gpu)
+
+
 def test_a_gpu_without_flash_attention_gets_varlen(flash_modules, monkeypatch):
     flash_modules(None, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -705,6 +729,23 @@ def test_swiglu_has_as_many_weights_or_as_wide_a_layer():
     assert sizes("swiglu-wide") == (weights * 3 / 2, width)
 
 
+def test_learned_places_reach_over_the_longest_row():
+    args = tiny_args(learned_positions=True, val_row_length=128)
+    rows = random_batch(tiny_args(row_length=128, val_batch_size=128), rows=1)
+    assert math.isfinite(build(args)(rows, NO_WINDOWS).item())
+
+
+def test_the_warm_up_of_hidden_tokens_sees_both_sides():
+    for share in (0.0, 0.2):
+        batch = train_gpt.random_micro_batch(tiny_args(masked_share=share), 256, training=True)
+        assert batch.is_causal == (share == 0)
+
+
+def test_with_a_bias_a_product_is_exact_whatever_the_bound():
+    x, weight, bias = torch.randn(16, 32), torch.randn(48, 32), torch.randn(48)
+    torch.testing.assert_close(train_gpt.linear(x, weight, 10.0, bias), x @ weight.T + bias)
+
+
 def test_learned_places_count_from_each_documents_start():
     args = tiny_args()
     is_first = torch.zeros(2, 64, dtype=torch.bool)
@@ -712,6 +753,14 @@ def test_learned_places_count_from_each_documents_start():
     is_first.view(-1)[batch.cu_seqlens[:-1].long()] = True
     expected = torch.cat([torch.arange(length) for length in LENGTHS]).view(2, 64)
     assert torch.equal(train_gpt.places(is_first), expected)
+
+
+def test_huge_logits_leave_the_gradient_finite():
+    logits = torch.tensor([[43_463.0, 1e6, -1e6, 0.0]])
+    for kind in ("tanh", "shifted", "isru"):
+        losses, grad = train_gpt.cross_entropy(logits.clone(), torch.tensor([[3]]), torch.ones(1),
+                                               None, 4, 15.0, 1.0, torch.float32, kind)
+        assert losses.isfinite().all() and grad.isfinite().all(), kind
 
 
 @pytest.mark.parametrize("kind, expected", [

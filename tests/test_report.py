@@ -252,7 +252,13 @@ def test_an_exported_model(logs, tmp_path, vocab):  # noqa: F811
     dict(recipe="sample-record", batch_stages="1024,2048", seed=7, logit_softcap=0.0),
     dict(track="single-gpu", recipe="record", batch_size=131_072), dict(data_path="mine"),
     dict(track="single-gpu", recipe="record", batch_size=131_072,
-         batch_stages=train_gpt.RECORD["batch_stages"])])
+         batch_stages=train_gpt.RECORD["batch_stages"]),
+    dict(track="gpt2-small", recipe="modern", depth=12, target_param_data_ratio=10.5,
+         train_steps=1_500),
+    dict(track="gpt2-small", recipe="baseline", depth=12, target_param_data_ratio=5.0,
+         weight_decay=0.1),
+    dict(track="gpt2-small", recipe="modern", depth=20, target_param_data_ratio=10.5,
+         batch_size=393_216)])
 def test_the_command_that_does_it_again_has_the_settings_of_the_run(tmp_path, settings):
     given = dict(track="sample", recipe="sample") | settings
     args = train_gpt.parse_hyperparameters(

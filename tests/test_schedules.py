@@ -77,6 +77,13 @@ def test_windows_grow_in_each_way_from_their_start_to_their_end(growth, expected
     assert windows == [(long // 2, long) for long in expected]
 
 
+def test_geometric_windows_end_where_they_should():
+    for start, end in ((448, 3712), (256, 1792), (64, 2048)):
+        args = dataclasses.replace(MODERN, window_start=start, window_end=end,
+                                   window_growth="geometric")
+        assert attention_windows(args.train_steps, args) == (end // 2, end)
+
+
 def test_a_stage_of_smaller_batches_has_smaller_learning_rates():
     args = dataclasses.replace(MODERN, train_steps=9, cooldown_frac=0.0, batch_size=400,
                                batch_stages="100,200,400", batch_lr_power=0.5)
