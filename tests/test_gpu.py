@@ -129,7 +129,8 @@ def test_texts_between_the_steps_change_no_loss_and_compile_nothing():
                          ids=["modern", "newer", "switched", "hidden", "8bit", "8bit-gradients"])
 def test_compiled_training_equals_eager_training_and_compiles_nothing_after_the_warm_up(switches):
     compiled, eager = (train_some_steps(compile, **switches) for compile in (True, False))
-    assert compiled == pytest.approx(eager, abs=0.02, rel=0.005)
+    share = switches.get("masked_share", 1)  # of tokens that the mean is over
+    assert compiled == pytest.approx(eager, abs=0.02 / share)
     assert compiled[-1] < compiled[0] - 0.5
 
 
