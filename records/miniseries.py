@@ -189,12 +189,13 @@ def plot(path: Path, points: list[Point]) -> None:
 
 
 def series_plan(
-    depths: list[str], ratios: list[str], recipes: list[str]
+    depths: list[str], ratios: list[str], recipes: list[str], options: list[str]
 ) -> dict[str, list[str]]:
     """{name: options} of each run, the shortest and smallest first."""
-    return {f"{recipe}-d{depth}-r{ratio}": ["--recipe", recipe, "--depth", depth,
-                                            "--target_param_data_ratio", ratio]
-            for ratio in ratios for depth in depths for recipe in recipes}
+    models = {f"{recipe}-d{depth}": fit_memory([*options, "--recipe", recipe, "--depth", depth])
+              for depth in depths for recipe in recipes}
+    return {f"{name}-r{ratio}": [*model, "--target_param_data_ratio", ratio]
+            for ratio in ratios for name, model in models.items()}
 
 
 def main() -> int:
@@ -211,10 +212,10 @@ def main() -> int:
     args, options = parse_run_options(parser)
     folder = (args.log_dir or ROOT / "logs" / "miniseries").resolve()
     try:
-        plan = series_plan(*(text.split(",") for text in (args.depths, args.ratios, args.recipes)))
         jobs = []
         if not args.logs:
-            plan = {name: fit_memory([*options, *changes]) for name, changes in plan.items()}
+            lists = (text.split(",") for text in (args.depths, args.ratios, args.recipes))
+            plan = series_plan(*lists, options)
             fetch_data([hyperparameters_of(line) for line in plan.values()])
             jobs = plan_jobs(plan, [], args.seeds, folder)
         done = run_all(jobs, Path("miniseries"), folder, args.per_gpu) if jobs else []
