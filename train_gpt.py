@@ -206,6 +206,12 @@ class Hyperparameters:
         sizes = self.stage_batch_sizes
         return " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
 
+    def describe_run(self) -> str:
+        """Track, recipe, length and target, for a person."""
+        goal = f" to val_loss {self.target}" if self.target else ""
+        return (f"track {self.track}, recipe {self.recipe}: {self.train_steps:,} steps of "
+                f"{self.describe_batch()} tokens{goal}")
+
     @property
     def train_tokens(self) -> int:
         return sum(map(self.batch_size_at, range(self.train_steps)))
@@ -413,11 +419,10 @@ def new_hyperparameters(overrides: dict) -> Hyperparameters:
     names = dict(track=track, recipe=recipe)
     if "batch_size" in overrides:  # it is asked for in place of the recipe's stages
         names["batch_stages"] = overrides.get("batch_stages", "")
-    args = Hyperparameters(**RECIPES[recipe] | TRACKS[track])
+    args, overrides = Hyperparameters(**RECIPES[recipe] | TRACKS[track]), overrides | names
     if overrides.get("depth", 0) <= 0:
-        return dataclasses.replace(args, **overrides | names)
-    overrides = overrides | names
-    if not overrides.get("batch_stages", "-") and "batch_size" in overrides:
+        return dataclasses.replace(args, **overrides)
+    if "batch_size" in overrides and not overrides["batch_stages"]:
         # The learning rates stay those of the recipe's batch.
         overrides["batch_stages"] = str(overrides.pop("batch_size"))
     return dial(args, overrides)
@@ -466,7 +471,7 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
         micro_rows = max(n for n in range(1, most + 1) if common % n == 0)
         args = dataclasses.replace(
             args, batch_stages=",".join(str(n * args.row_length) for n in rows),
-            device_batch_size=overrides.get("device_batch_size", micro_rows * args.row_length))
+            device_batch_size=micro_rows * args.row_length)
     batch, batch_before = (sum(sizes) / len(sizes)
                            for sizes in (args.stage_batch_sizes, recipe.stage_batch_sizes))
     tokens = args.target_param_data_ratio * weights
@@ -475,8 +480,7 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     if decay and args.matrix_lr:
         rate = args.matrix_lr * (batch / batch_before) ** args.batch_lr_power
         decay *= recipe.matrix_lr * recipe.train_steps / (rate * steps)
-    return dataclasses.replace(args, train_steps=steps,
-                               weight_decay=overrides.get("weight_decay", decay))
+    return dataclasses.replace(args, **dict(train_steps=steps, weight_decay=decay) | overrides)
 
 
 def weights_in_products(args: Hyperparameters) -> int:
@@ -665,20 +669,19 @@ def hidden_per_row(row_length: int, share: float) -> int:
 
 
 def hide_tokens(
-    inputs_BT: np.ndarray, share: float, vocab_size: int, seed: int
+    inputs_T: np.ndarray, share: float, vocab_size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs of which a share is hidden, and as targets what they were, -1 for all others.
+    """A row of which a share is hidden, and as targets what that was, -1 for all others.
 
     As in BERT (Devlin et al. 2019), of those to be predicted 8 in 10 are the vocabulary's last
-    token, one is any token and one stays; of each row as many.
+    token, one is any token and one stays.
     """
-    generator, row_length = np.random.default_rng(seed), inputs_BT.shape[1]
-    order = generator.random(inputs_BT.shape).argsort(axis=1)
-    is_chosen = order < hidden_per_row(row_length, share)
-    lot = generator.random(inputs_BT.shape)
-    shown = np.where(lot < 0.8, vocab_size - 1, generator.integers(vocab_size - 1, size=lot.shape))
-    inputs_BT = inputs_BT.astype(np.int32)  # tokens on the disk have no -1
-    return np.where(is_chosen & (lot < 0.9), shown, inputs_BT), np.where(is_chosen, inputs_BT, -1)
+    generator, T = np.random.default_rng(seed), len(inputs_T)
+    is_chosen = generator.random(T).argsort() < hidden_per_row(T, share)
+    lot = generator.random(T)
+    shown = np.where(lot < 0.8, vocab_size - 1, generator.integers(vocab_size - 1, size=T))
+    inputs_T = inputs_T.astype(np.int32)  # tokens on the disk have no -1
+    return np.where(is_chosen & (lot < 0.9), shown, inputs_T), np.where(is_chosen, inputs_T, -1)
 
 
 class TokenRows:
@@ -757,9 +760,9 @@ class TokenRows:
         shape, share = (num_rows, self.row_length), self.args.masked_share
         inputs, targets = (self.tokens[i].reshape(shape) for i in (index, index + 1))
         if share:  # the same ones whatever the micro-batch
-            rows = [hide_tokens(row[None], share, self.args.vocab_size, first_row + i)
+            rows = [hide_tokens(row, share, self.args.vocab_size, first_row + i)
                     for i, row in enumerate(inputs)]
-            inputs, targets = map(np.concatenate, zip(*rows, strict=True))
+            inputs, targets = map(np.stack, zip(*rows, strict=True))
         tensors = [torch.from_numpy(array.astype(np.int32))
                    for array in (inputs, targets, np.append(0, ends))]
         return MicroBatch(*(t.pin_memory() if pin else t for t in tensors), self.max_length,
@@ -1103,13 +1106,13 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
     return dataclasses.replace(args, **dict.fromkeys(missing, False)), notes
 
 
-def norm(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, without gain (Zhang and Sennrich 2019)."""
-    return F.rms_norm(x, (x.size(-1),), eps=eps)
+def norm(x: Tensor, eps: float, gain: Tensor | None = None) -> Tensor:
+    """RMSNorm over the last dimension (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x, (x.size(-1),), gain, eps)
 
 
 class Norm(nn.Module):
-    """RMSNorm, or LayerNorm (Ba et al. 2016), over the last dimension, as `args` say."""
+    """`norm`, or LayerNorm (Ba et al. 2016), as `args` say."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1123,7 +1126,7 @@ class Norm(nn.Module):
         gain, bias = (None if p is None else p.type_as(x) for p in (self.gain, self.bias))
         if self.kind == "layernorm":
             return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps)
-        return F.rms_norm(x, x.shape[-1:], gain, self.eps)
+        return norm(x, self.eps, gain)
 
 
 class Float8(NamedTuple):
@@ -1883,7 +1886,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Start summing the gradients over ranks; a step does it unless it is done."""
+        """Start summing the gradients over ranks."""
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
@@ -1894,9 +1897,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def square_norm(self) -> Tensor:
-        """Of this rank's share of the gradient, scaled as its groups say."""
-        if not self.reductions:
-            self.reduce()
+        """Of this rank's share of the gradient, scaled as its groups say; the sum is then there."""
+        self.reduce()
         for _, wait in self.reductions:
             wait()
         return sum((self.share(grads) * group["grad_scale"]).square().sum()
@@ -1904,7 +1906,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        if not self.reductions:
+        if not self.reductions:  # or the gradient has been measured
             self.reduce()
         gathers, reductions, self.reductions = [], self.reductions, []
         for group, flat, (grads, wait) in zip(
@@ -3236,9 +3238,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
         log_header(log, args, model, ranks, attention_name, train_shards, val_shards)
     wandb = start_wandb(args, run_id) if args.log_wandb and ranks.rank == 0 else None
 
-    log(f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
-        f"{args.describe_batch()} tokens" + f" to val_loss {args.target}" * (args.target > 0),
-        console=True)
+    log(args.describe_run(), console=True)
     for note in notes:
         log(note, console=True)
     checkpoints = Checkpoints(log_path.with_suffix(""), log)

@@ -166,8 +166,7 @@ def main() -> int:
             print(f"warning: {error}", file=sys.stderr)
         return 0
     report = Report()
-    report.line("run", f"track {args.track}, recipe {args.recipe}: {args.train_steps:,} steps of "
-                f"{args.describe_batch()} tokens to val_loss {args.target}")
+    report.line("run", args.describe_run())
     check_versions(report)
     check_gpus(report, args)
     check_disk(report, args, check_data(report, args))

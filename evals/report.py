@@ -384,14 +384,14 @@ def describe_summary(subject: Subject, scores: dict[str, str], curve: list) -> s
 
 def find_changed(settings: dict) -> dict | None:
     """Hyper-parameters other than the track's and the recipe's here; None if they are not here."""
-    given = {name: settings.get(name) for name in ("track", "recipe")}
-    if given["track"] not in train_gpt.TRACKS or given["recipe"] not in train_gpt.RECIPES:
+    track, recipe, dialled = settings.get("track"), settings.get("recipe"), {}
+    if track not in train_gpt.TRACKS or recipe not in train_gpt.RECIPES:
         return None
     if depth := int(settings.get("depth", 0)):  # its rules make the defaults
-        given |= dict(depth=depth,
-                      target_param_data_ratio=float(settings["target_param_data_ratio"]))
-    defaults = dataclasses.asdict(train_gpt.new_hyperparameters(given))
-    dialled = {name: given[name] for name in given.keys() - {"track", "recipe"}}
+        ratio = float(settings["target_param_data_ratio"])
+        dialled = dict(depth=depth, target_param_data_ratio=ratio)
+    defaults = dataclasses.asdict(
+        train_gpt.new_hyperparameters(dict(track=track, recipe=recipe) | dialled))
     return dialled | {name: value for name, value in settings.items()
             if name != "run_id" and str(value) != str(defaults.get(name))}
 

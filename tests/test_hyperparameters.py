@@ -563,6 +563,7 @@ def test_without_depth_nothing_is_dialled(refusal):
     assert args == dataclasses.replace(parse_hyperparameters(SMALL), target_param_data_ratio=3.0)
     assert "--depth" in refusal("--depth", "-1")
     assert "--target_param_data_ratio" in refusal("--target_param_data_ratio", "0")
+    assert "--train_steps" in refusal("--depth", "2", "--train_steps", "0")
     assert "--total_batch_size" in refusal("--total_batch_size", "much")
 
 
