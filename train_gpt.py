@@ -1904,10 +1904,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return sum((self.share(grads) * group["grad_scale"]).square().sum()
                    for group, (grads, _) in zip(self.param_groups, self.reductions, strict=True))
 
-    @torch.no_grad()
     def step(self) -> None:
-        if not self.reductions:  # or the gradient has been measured
-            self.reduce()
+        step_together([self])
+
+    @torch.no_grad()
+    def update_shares(self) -> list[Callable[[], None]]:
+        """Update this rank's share of each group; returns what waits for those of the others."""
         gathers, reductions, self.reductions = [], self.reductions, []
         for group, flat, (grads, wait) in zip(
             self.param_groups, self.flats, reductions, strict=True
@@ -1915,8 +1917,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             wait()
             self.update(self.share(flat), self.share(grads), self.state[group["params"][0]], group)
             gathers.append(all_gather(flat, self.share(flat), self.world_size))
-        for wait in gathers:
-            wait()
+        return gathers
 
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         raise NotImplementedError
@@ -1950,6 +1951,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     flat_value = self.flatten([value], group["unit_ndim"])
                     value = self.share(flat_value).to(flat.device, copy=True)
                 self.state[group["params"][0]][name] = value if value.ndim else value.item()
+
+
+def step_together(optimizers: list[ShardedOptimizer]) -> None:
+    """A step of all optimizers: while one computes, the others' sums and shares are under way."""
+    for optimizer in optimizers:
+        if not optimizer.reductions:  # or the gradient has been measured
+            optimizer.reduce()
+    for wait in [wait for optimizer in optimizers for wait in optimizer.update_shares()]:
+        wait()
 
 
 def reduce_scatter(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], None]:
@@ -2094,7 +2104,8 @@ def build_optimizers(
     optimizers = [
         kind(list(groups.values()), rank, world_size, fuse=args.compile,
              weight_decay=args.weight_decay, **settings)
-        for kind, groups, settings in ((Adam, adam_groups, adam), (Muon, muon_groups, muon))
+        # Muon first: the tables, which are large, are summed meanwhile.
+        for kind, groups, settings in ((Muon, muon_groups, muon), (Adam, adam_groups, adam))
         if groups
     ]
     held = [name for o in optimizers for g in o.param_groups for name in g["param_names"]]
@@ -3136,8 +3147,8 @@ def train_step(
         model.embed.weight.grad += model.head.grad
     if args.grad_clip:
         clip_gradients(optimizers, args.grad_clip, ranks)
+    step_together(optimizers)
     for optimizer in optimizers:
-        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if is_tied:
         model.head.data.copy_(model.embed.weight.data)

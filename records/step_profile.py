@@ -1,12 +1,14 @@
 """Profile a training step of each batch stage: what takes the time, and how far from its limit.
 
     python records/step_profile.py [any option of train_gpt.py] [--out FILE.md] [--trace FILE.json]
+    torchrun --standalone --nproc_per_node=2 records/step_profile.py [the same]     # of rank 0
 
 In the middle of the steps of each size, one runs with its windows and learning rates: first timed
 without the profiler, then profiled. The kernels of the profile are summed by part of the step, and
 each part is set against a limit: arithmetic at the rate of a large matrix product, or each tensor
 moved once at the memory's bandwidth. What no rule knows is listed as "other". Without a GPU the
-operators' own times stand in for kernels, and there are no limits.
+operators' own times stand in for kernels, and there are no limits. Between ranks, communication
+goes on beside the rest; what of it nothing else runs beside has a line of its own.
 
 Of operators other than Inductor's the trace has no results, so that their limit is too low. A limit
 of tensors that is beaten is wrong, as when a kernel reads only a part of a large tensor.
@@ -27,6 +29,7 @@ from typing import NamedTuple
 
 import step_trace
 import torch
+import torch.distributed as dist
 from step_trace import BLOCKS, HEAD, RANGE, Kernel, Limits, Sizes, part_of
 from torch import Tensor
 
@@ -92,7 +95,14 @@ def part_table(
             elif limits:
                 limit = tensor_limit(parts[part], sizes, steps, limits)
             lines.append(f"| {part} | {ms:.3f} | {ms / step_ms:.1%} | {limit} |")
-    idle = max(0, step_ms - step_trace.busy_time(kernels) / steps / 1000)
+    busy = step_trace.busy_time(kernels)
+    if parts[step_trace.COMMUNICATION]:
+        others = [k for part, some in parts.items() if part != step_trace.COMMUNICATION
+                  for k in some]
+        exposed = (busy - step_trace.busy_time(others)) / steps / 1000
+        lines.append(f"| communication alone | {exposed:.3f} | {exposed / step_ms:.1%} "
+                     "| - | - | - |")
+    idle = max(0, step_ms - busy / steps / 1000)
     lines += [f"| idle | {idle:.3f} | {idle / step_ms:.1%} | - | - | - |",
               f"| a step | {step_ms:.3f} | 100.0% | - | - | - |"]
     return "\n".join(lines)
@@ -147,21 +157,20 @@ class Trainer(NamedTuple):
 
 def build(args: Hyperparameters) -> Trainer:
     """RunError where a person has to act."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RunError("the profile is of one process: run it with python, without torchrun")
     ranks = train_gpt.join_ranks()
     args, notes = train_gpt.switch_off(args, ranks.device)
     train_gpt.check_accumulation(args, ranks.world_size)
     name, attention = train_gpt.choose_attention(args, ranks.device)
     torch.manual_seed(args.seed)
     model = train_gpt.GPT(args, attention).to(ranks.device)
-    optimizers = train_gpt.build_optimizers(model, args)
+    optimizers = train_gpt.build_optimizers(model, args, ranks.rank, ranks.world_size)
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
         train_gpt.warm_up(model, compiled, optimizers, args, ranks)
     for optimizer in optimizers:
         named = torch.profiler.record_function(f"{RANGE}{type(optimizer).__name__}")
-        optimizer.step = named(optimizer.step)
+        optimizer.reduce, optimizer.update_shares = map(
+            named, (optimizer.reduce, optimizer.update_shares))
     return Trainer(args, ranks, [f"attention {name}", *notes], model, compiled, optimizers)
 
 
@@ -263,7 +272,8 @@ def profile_stage(
     head = (sampled or args.vocab_size) * args.model_dim
     blocks = model.matrix_weights
     attention = [attention_flops(model, some, windows) for some in profiled[-PROFILED:]]
-    flops = {BLOCKS: 6 * blocks * size, HEAD: 6 * head * size,
+    share = size / trainer.ranks.world_size
+    flops = {BLOCKS: 6 * blocks * share, HEAD: 6 * head * share,
              step_trace.ATTENTION: statistics.fmean(attention)}
     sizes = Sizes(args.vocab_size, args.model_dim, args.bigram_rows, args.device_batch_size,
                   sampled)
@@ -272,8 +282,8 @@ def profile_stage(
     yield part_table(kernels, sizes, PROFILED, ms if on_gpu else span, limits, flops)
     yield kernel_table(kernels, sizes, PROFILED)
     rate = (flops[BLOCKS] + flops[HEAD]) / ms / 1e9
-    share = f", {rate / own.rate:.1%} of {own.rate:g}" if on_gpu else ""
-    yield (f"Model: {rate:.4g} TFLOP/s{share} (6 x {blocks + head:,} active weights x tokens / "
+    reached = f", {rate / own.rate:.1%} of {own.rate:g}" if on_gpu else ""
+    yield (f"Model: {rate:.4g} TFLOP/s{reached} on each rank (6 x {blocks + head:,} active weights x tokens / "
            f"time); {1000 * size / ms:,.0f} tokens/s; peak memory {memory}.")
 
 
@@ -283,14 +293,16 @@ def profile_all(args: Hyperparameters, own: argparse.Namespace) -> Iterator[str]
     device, stages = trainer.ranks.device, middle_steps(args)
     on_gpu = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    yield (f"# Profile of a training step\n\n{machine}, torch {torch.__version__}; recipe "
+    world_size = trainer.ranks.world_size
+    yield (f"# Profile of a training step\n\n{world_size} x {machine}, torch {torch.__version__}; recipe "
            f"{args.recipe}; {'; '.join(trainer.notes)}.")
     if on_gpu:
         yield (f"Limits: {own.rate:g} TFLOP/s (here a product of 8192 x 8192 reaches "
                f"{matrix_rate(device) / 1e12:.0f}) and {own.bandwidth:g} TB/s.")
     with tempfile.TemporaryDirectory() as folder:
         for size, step in stages.items():
-            trace = own.trace or Path(folder) / "trace.json"
+            rank = trainer.ranks.rank
+            trace = own.trace if own.trace and rank == 0 else Path(folder) / "trace.json"
             if len(stages) > 1:
                 trace = trace.with_stem(f"{trace.stem}-{size}")
             yield from profile_stage(trainer, size, step, own, trace)
@@ -318,6 +330,8 @@ def main(argv: list[str]) -> int:
     args, paragraphs = train_gpt.parse_hyperparameters(rest), []
     try:
         for paragraph in profile_all(args, own):
+            if os.environ.get("RANK", "0") != "0":
+                continue
             print(paragraph, end="\n\n", flush=True)
             paragraphs.append(paragraph)
             if own.out:
@@ -325,6 +339,9 @@ def main(argv: list[str]) -> int:
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 BLOCKS, HEAD = "matrix products: blocks", "matrix products: head"
 ATTENTION, LOSS, POINTWISE = "attention", "loss", "norms and other pointwise"
 TABLES, COPIES, OTHER, RANGE = "embedding tables", "copies and fills", "other", "optimizer: "
+COMMUNICATION = "communication"
 PARTS = (BLOCKS, HEAD, ATTENTION, LOSS, POINTWISE, TABLES, f"{RANGE}Muon", f"{RANGE}Adam", COPIES,
-         OTHER)
+         COMMUNICATION, OTHER)
 
 # -----------------------------------------------------------------------------
 # What ran
@@ -169,6 +170,7 @@ COPY_KERNEL = re.compile(
     r"triton_poi_fused(_(_to_copy|_unsafe_view|as_strided|cat|clone|constant_pad_nd|copy_?|detach|"
     r"expand|fill|full(_like)?|new_zeros|permute|reshape|select|slice|split|squeeze|stack|t|"
     r"transpose|unbind|unsqueeze|view|zeros(_like)?))+(_\d+)?")
+COMMUNICATION_NAME = re.compile("nccl|gloo:|c10d::")
 KNOWN_NAME = re.compile(r"triton_|aten::|.*at::native|.*autograd::|\w+Backward\d")
 
 
@@ -178,6 +180,8 @@ def part_of(kernel: Kernel, sizes: Sizes) -> str:
     A table and its gradient are known by their shape, which an untied head shares.
     """
     name, op = kernel.name, kernel.launcher
+    if COMMUNICATION_NAME.match(op.name if op else name):
+        return COMMUNICATION
     for outer in kernel.stack:
         if outer.name.startswith(RANGE):
             return outer.name

@@ -418,11 +418,14 @@ def test_a_step_reports_the_mean_loss_and_takes_the_gradient_of_it():
     seen = []
 
     class Recorder:
-        param_groups = [dict(initial_lr=1.0)]
+        param_groups, reductions = [dict(initial_lr=1.0)], []
 
-        def step(self):
+        def reduce(self):
             scale = self.param_groups[0]["grad_scale"]
             seen.extend(scale * p.grad for p in model.parameters())
+
+        def update_shares(self):
+            return []
 
         def zero_grad(self, set_to_none):
             model.zero_grad(set_to_none)
@@ -466,5 +469,5 @@ def test_a_step_uses_the_schedule_of_its_number():
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(0.4 * group["initial_lr"])
-    assert optimizers[1].param_groups[0]["momentum"] == pytest.approx(
+    assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(
         train_gpt.muon_momentum(1, dataclasses.replace(args)))

@@ -441,8 +441,22 @@ def test_the_head_counts_the_tokens_that_the_step_compares_with(tmp_path):
     assert f"6 x {2 * 12 * 32**2 + 32 * 200:,} active weights" in done.stdout
 
 
+def test_of_several_ranks_one_reports_what_of_the_communication_nothing_hides(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "records" / "step_profile.py"), *SMALL, "--data_path", "none",
+               "--device_batch_size", "64"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, *sections = done.stdout.split("\n## ")
+    assert "\n2 x CPU" in first and [text.split()[0] for text in sections] == ["128", "256"]
+    for text in sections:
+        assert 0 <= float(cells(text, "communication alone")[1]) <= float(
+            cells(text, "communication")[1])
+
+
 @pytest.mark.parametrize("argv, env, status, message", [
-    ([], {"WORLD_SIZE": "2"}, 1, "error: the profile is of one process"),
     (["--device_batch_size", "192"], {}, 1, "values that do"),
     (["--out", "missing/report.md"], {}, 2, "there is no folder"),
     (["--steps", "0"], {}, 2, "--steps must be positive"),
