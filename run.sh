@@ -113,7 +113,7 @@ fi
 if [ "$gpus" -gt 0 ] && [ -z "$resume" ]; then
     advice=$(for_all data/check.py --advise "$@")
     # shellcheck disable=SC2086
-    if [ -n "$advice" ]; then echo "to fit the GPU's memory: $advice"; set -- $advice "$@"; fi
+    if [ -n "$advice" ]; then echo "to fit these GPUs: $advice"; set -- $advice "$@"; fi
 fi
 
 where=--standalone

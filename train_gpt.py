@@ -270,6 +270,14 @@ RECORD = dict(
     triton_kernels=True,
 )
 
+# For Hopper GPUs, one to eight, and the tracks gpt2-small and gpt2-medium; lengths are guesses. The
+# learning rates of `medium` are those of the dial.
+SMALL = RECORD | dict(batch_stages="131072,131072,262144", train_steps=5_200)
+MEDIUM = SMALL | dict(
+    num_layers=16, num_heads=5, attention_dim=640, model_dim=1_024, embed_lr=0.208, bigram_lr=0.433,
+    head_lr=0.00286, scalar_lr=0.0433, train_steps=8_600,
+)
+
 EIGHT_BITS = ("fp8_head", "fp8_blocks", "fp8_gradients", "triton_kernels")
 
 # Small enough for two cores of a CPU and some minutes.
@@ -287,6 +295,8 @@ SAMPLE = TINY | dict(value_embeddings=1, window_start=128, window_end=512, embed
 RECIPES: dict[str, dict] = {
     "modern": {},
     "record": RECORD,
+    "small": SMALL,
+    "medium": MEDIUM,
     "modern-small": dict(train_steps=2_000),
     "modern-medium": dict(num_layers=16, num_heads=8, model_dim=1_024, train_steps=6_000),
     "baseline": BASELINE,
@@ -298,6 +308,9 @@ RECIPES: dict[str, dict] = {
         train_steps=12, cooldown_frac=0.45, val_loss_every=6, loss_chunk_size=512, tokens_ahead=1,
         fp8_head=False, fp8_blocks=False, fp8_gradients=False, triton_kernels=False),
 }
+
+# What a Hopper GPU is given in place of what every GPU can run.
+ON_HOPPER = {"modern": "record", "modern-small": "small", "modern-medium": "medium"}
 
 # A track is a claim: the recipe it starts from, and the four fields that define it.
 TRACKS: dict[str, dict] = {
@@ -437,9 +450,8 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
       Adam's go with 1 / sqrt(width), as in nanochat (Karpathy 2025).
     - `target_param_data_ratio` training tokens per weight of the matrix products of each token,
       which are those of the blocks and of the head (Hoffmann et al. 2022; embeddings are none).
-    - The batch goes with weights^0.383, as it does with tokens if their ratio stays (Bergsma et al.
-      2025), by powers of two, and the learning rates with the root of the batch (Malladi et al.
-      2022), by way of `batch_lr_power`.
+    - The batch goes with tokens^0.383 (Bergsma et al. 2025), by powers of two, and the learning
+      rates with the root of the batch (Malladi et al. 2022), by way of `batch_lr_power`.
     - Learning rate x weight decay x steps stays (Wang and Aitchison 2024).
 
     The recipe's own model, rates, batch and steps are what the rules start from.
@@ -461,9 +473,9 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     args = dataclasses.replace(args, **overrides)
     if find_problem(dataclasses.replace(args, train_steps=1)):
         return args
-    weights, weights_before = map(weights_in_products, (args, recipe))
+    tokens = args.target_param_data_ratio * weights_in_products(args)
     if "batch_stages" not in overrides:
-        growth = 2.0 ** round(0.383 * math.log2(weights / weights_before))
+        growth = 2.0 ** round(0.383 * math.log2(tokens / recipe.train_tokens))
         rows = [max(1, round(growth * size / args.row_length)) for size in args.stage_batch_sizes]
         common, most = math.gcd(*rows), max(1, args.device_batch_size // args.row_length)
         ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -474,7 +486,6 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
             device_batch_size=micro_rows * args.row_length)
     batch, batch_before = (sum(sizes) / len(sizes)
                            for sizes in (args.stage_batch_sizes, recipe.stage_batch_sizes))
-    tokens = args.target_param_data_ratio * weights
     steps = overrides.get("train_steps") or max(1, round(tokens / batch))
     decay = recipe.weight_decay
     if decay and args.matrix_lr:
@@ -508,11 +519,12 @@ def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) ->
 
 
 def default_recipe(track: str) -> str:
-    """The recipe of the track; on `single-gpu` with one Hopper GPU, what has been made for it."""
-    is_one_gpu = torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
-    if track == "single-gpu" and is_one_gpu and torch.cuda.get_device_capability()[0] == 9:
-        return "record"
-    return TRACKS[track]["recipe"]
+    """The recipe of the track; on Hopper GPUs, if it is not `single-gpu` on several, theirs."""
+    recipe = TRACKS[track]["recipe"]
+    has_its_gpus = track != "single-gpu" or os.environ.get("WORLD_SIZE", "1") == "1"
+    if has_its_gpus and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        return ON_HOPPER.get(recipe, recipe)
+    return recipe
 
 
 def find_problem(args: Hyperparameters) -> str | None:

@@ -76,14 +76,15 @@ def free_memory() -> float:
 
 
 def advise(args: Hyperparameters, free: float) -> str:
-    """Options that make the run fit `free` GiB; empty if it fits. The training stays the same.
+    """Options that make the run fit the ranks and `free` GiB; empty if it does. The training stays.
 
     RunError if nothing helps.
     """
-    if estimate_memory(args) < 0.95 * free:
-        return ""
     rows = args.common_rows // int(os.environ.get("WORLD_SIZE", 1))
-    for n in range(args.device_batch_size // args.row_length, 0, -1):
+    micro_rows = args.device_batch_size // args.row_length
+    if rows % micro_rows == 0 and estimate_memory(args) < 0.95 * free:
+        return ""
+    for n in range(micro_rows, 0, -1):
         size = n * args.row_length
         val_rows = max(1, size // args.max_val_length)
         val_size = min(val_rows * args.max_val_length, args.val_batch_size)

@@ -133,7 +133,7 @@ def fit_memory(options: list[str]) -> list[str]:
     advice = subprocess.run([sys.executable, "data/check.py", "--advise", *options], cwd=ROOT,
                             stdout=subprocess.PIPE, text=True).stdout.split()
     if advice:
-        print(f"to fit the GPU's memory: {' '.join(advice)}")
+        print(f"to fit these GPUs: {' '.join(advice)}")
     return [*advice, *options]
 
 

@@ -96,9 +96,14 @@ def read_series(paths: Sequence[str | Path]) -> list[Point]:
     return sorted(points, key=lambda point: point[:3])
 
 
+def spans(points: list[Point]) -> bool:
+    """Whether there are sizes and lengths enough for a law."""
+    return len({p.weights for p in points}) > 2 and len({p.ratio for p in points}) > 1
+
+
 def fit_law(points: list[Point]) -> Law | None:
-    """The law with the smallest squares; None for fewer than three sizes, or one length each."""
-    if len({point.weights for point in points}) < 3 or len({p.ratio for p in points}) < 2:
+    """The law with the smallest squares; None if none has losses fall with weights and tokens."""
+    if not spans(points):
         return None
     weights, tokens, losses = (np.array([getattr(point, name) for point in points], float)
                                for name in ("weights", "tokens", "loss"))
@@ -138,12 +143,15 @@ def render(points: list[Point]) -> str:
               f"{p.run.train_time:,.1f} s") for p in points]
     lines += [f"| {' | '.join(check.cell(str(cell)) for cell in row)} |" for row in rows]
     for recipe in recipes:
-        law = fit_law([point for point in points if point.recipe == recipe])
+        mine = [point for point in points if point.recipe == recipe]
+        law = fit_law(mine)
         lines.append("")
         if law is None:
-            lines.append(f"`{recipe}`: no law, which takes three sizes and two lengths.")
+            reason = ("losses do not fall with weights and tokens alike" if spans(mine)
+                      else "it takes three sizes and two lengths")
+            lines.append(f"`{recipe}`: no law; {reason}.")
             continue
-        errors = [law(p.weights, p.tokens) - p.loss for p in points if p.recipe == recipe]
+        errors = [law(p.weights, p.tokens) - p.loss for p in mine]
         lines.append(f"`{recipe}`: loss = {law.E:.3f} + {law.A:.4g} / weights^{law.a:.2f} + "
                      f"{law.B:.4g} / tokens^{law.b:.2f}, {np.abs(errors).max():.4f} off at most.")
     for against in recipes[:-1]:

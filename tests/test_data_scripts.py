@@ -1,5 +1,6 @@
 """The scripts in data/ and the sample that is committed: on a CPU, without a network."""
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
@@ -21,6 +22,7 @@ import cached_fineweb10B as cached
 import decode
 import fineweb
 
+import train_gpt
 from train_gpt import check_shard, estimate_shards, parse_hyperparameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -595,11 +597,29 @@ def test_sample():
 # data/check.py
 
 
-def test_the_estimate_of_memory_agrees_with_what_readme_measured():
+@pytest.fixture
+def data_check():
     # records/ has a module of that name too.
     spec = importlib.util.spec_from_file_location("data_check", ROOT / "data" / "check.py")
     check = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(check)
+    return check
+
+
+@pytest.mark.parametrize("world_size, free, expected", [
+    (1, 78, None), (2, 78, None), (4, 78, 32_768), (8, 78, 16_384), (1, 22, 32_768),
+    (2, 13, 16_384)])
+def test_the_advice_fits_the_memory_and_the_ranks(
+        data_check, monkeypatch, world_size, free, expected):
+    args = parse_hyperparameters(["--track", "gpt2-small", "--recipe", "small"])
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    advice = data_check.advise(args, free)
+    assert re.findall(r"--device_batch_size (\d+)", advice) == [str(expected)] * bool(expected)
+    args = dataclasses.replace(args, device_batch_size=expected or args.device_batch_size)
+    train_gpt.check_accumulation(args, world_size)
+
+
+def test_the_estimate_of_memory_agrees_with_what_readme_measured(data_check):
     rows = re.findall(r"^\| `(\S+)` \| ([\d,]+)(?: \(default\))?(?:, `(.*)`)? \| .* / ([\d,]+) MiB",
                       (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {"modern", "baseline", "record"} <= {row[0] for row in rows}
@@ -608,4 +628,4 @@ def test_the_estimate_of_memory_agrees_with_what_readme_measured():
                                       "--device_batch_size", size.replace(",", ""),
                                       *options.split()])
         measured = int(reserved.replace(",", "")) / 1024 + 0.5  # and CUDA's own
-        assert check.estimate_memory(args) == pytest.approx(measured, rel=0.1), (recipe, size)
+        assert data_check.estimate_memory(args) == pytest.approx(measured, rel=0.1), (recipe, size)

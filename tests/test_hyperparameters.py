@@ -221,14 +221,19 @@ def test_the_default_track_depends_on_a_gpu(monkeypatch):
     assert dataclasses.replace(args) == parse_hyperparameters(["--track", "single-gpu"])
 
 
-def test_one_hopper_gpu_has_a_default_recipe_of_its_own(monkeypatch):
+def test_hopper_gpus_have_default_recipes_of_their_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     args = parse_hyperparameters([])
     assert (args.track, args.recipe, args.fp8_blocks) == ("single-gpu", "record", True)
     assert not reasons_not_a_record(args, 1)
     assert parse_hyperparameters(["--recipe", "modern"]).recipe == "modern"
-    assert parse_hyperparameters(["--track", "gpt2-small"]).recipe == "modern-small"
+    for track, recipe in (("gpt2-small", "small"), ("gpt2-medium", "medium")):
+        for world_size in ("1", "2", "4", "8"):
+            monkeypatch.setenv("WORLD_SIZE", world_size)
+            args = parse_hyperparameters(["--track", track])
+            assert args.recipe == recipe
+            assert args.common_rows % int(world_size) == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert parse_hyperparameters([]).recipe == "modern"
 
@@ -510,8 +515,11 @@ def test_a_model_of_each_depth_follows_the_rules(recipe, depth):
 
 
 def test_the_batch_goes_with_the_tokens_and_the_weight_decay_against_the_steps():
-    small, middle, large = (dialled("baseline", depth) for depth in (6, 12, 24))
+    small, middle, large = (dialled("baseline", depth) for depth in (6, 12, 36))
     assert [a.stage_batch_sizes[0] for a in (small, middle, large)] == [2**18, 2**19, 2**20]
+    short, long = (dialled("baseline", 12, "--target_param_data_ratio", str(ratio))
+                   for ratio in (2, 100))
+    assert [a.stage_batch_sizes[0] for a in (short, long)] == [2**18, 2**20]
     sums = [a.weight_decay * a.matrix_lr * lr_multiplier(a.train_steps // 2, a) * a.train_steps
             for a in (small, middle, large)]
     assert sums == pytest.approx([0.1 * 0.0018 * 4768] * 3, rel=1e-6)
@@ -530,13 +538,17 @@ def test_the_length_follows_the_ratio_and_each_rule_gives_way_to_an_option():
         args = dialled("record", 12, "--batch_size", size, "--device_batch_size", "32768")
         assert args.stage_batch_sizes == [int(size)]
         assert args.train_tokens == pytest.approx(stages, rel=0.01)
+    medium = train_gpt.RECIPES["medium"]
+    for name, value in dataclasses.asdict(dialled("record", 16)).items():
+        if name.endswith("_lr"):
+            assert value == pytest.approx(medium.get(name, value), rel=2e-3)
     args = dialled("modern", 8, "--train_steps", "50", "--embed_lr", "0.5", "--num_heads", "8",
                    "--attention_dim", "256")
     assert (args.train_steps, args.embed_lr, args.num_heads, args.head_dim) == (50, 0.5, 8, 32)
     assert dialled("modern", 8, "--total_batch_size", "auto") == plain
     args = dialled("modern", 8, "--total_batch_size", "131072")
     assert args.stage_batch_sizes == [131_072] and args.batch_size == plain.batch_size
-    by_rule, by_hand = dialled("baseline", 20), dialled("baseline", 20, "--batch_size", "1048576")
+    by_rule, by_hand = dialled("baseline", 30), dialled("baseline", 30, "--batch_size", "1048576")
     assert by_rule == by_hand  # and so are its learning rates
     assert dialled("baseline", 12, "--weight_decay", "0.3").weight_decay == 0.3
     assert dialled("baseline", 12, "--matrix_lr", "0").matrix_lr == 0

@@ -80,6 +80,14 @@ def test_the_table_tells_all_runs_the_laws_and_the_speed_up(tmp_path):
     assert (tmp_path / "it.png").stat().st_size > 10_000
 
 
+def test_without_a_law_the_table_says_why(tmp_path):
+    points = series(tmp_path, "baseline")
+    assert "takes three sizes" in render([p for p in points if p.depth == points[0].depth])
+    worse = [p._replace(weights=round(1e15 / p.weights)) for p in points]
+    assert fit_law(points) and fit_law(worse) is None
+    assert "losses do not fall with weights" in render(worse)
+
+
 @pytest.mark.parametrize("text, expected", [
     (our_log(), "--depth"),
     (series_log().replace("step:40/40", "step:39/40"), "run"),
