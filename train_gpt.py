@@ -1535,6 +1535,7 @@ class GPT(nn.Module):
         self.head = nn.Parameter(torch.empty(head_shape)) if has_head else None
         bias = torch.zeros(args.vocab_size) if args.unigram_power else None
         self.register_buffer("logit_bias", bias)
+        self.hand_over: Callable | None = None  # what sum_early puts around weights
         self.reset_parameters()
 
     @property
@@ -1587,8 +1588,18 @@ class GPT(nn.Module):
         x_BTD = self.hidden(batch, windows)
         ahead_K = x_BTD.new_ones(1, dtype=torch.float32) if ahead_K is None else ahead_K
         targets_NK = next_tokens(batch.targets_BT, len(ahead_K))
-        return linear_cross_entropy(x_BTD.flatten(0, 1), self.head_weight, targets_NK, ahead_K,
+        head = self.head_weight
+        if self.hand_over and self.head is not None and torch.is_grad_enabled():
+            head = self.hand_over("head", head)
+        return linear_cross_entropy(x_BTD.flatten(0, 1), head, targets_NK, ahead_K,
                                     self.logit_bias, self.args)
+
+    def run_block(self, i: int, *inputs) -> Tensor:
+        if self.hand_over is None or not torch.is_grad_enabled():
+            return self.blocks[i](*inputs)
+        weights = {name: self.hand_over(f"blocks.{i}.{name}", p)
+                   for name, p in self.blocks[i].named_parameters()}
+        return torch.func.functional_call(self.blocks[i], weights, inputs)
 
     @property
     def head_weight(self) -> Tensor:
@@ -1632,11 +1643,12 @@ class GPT(nn.Module):
             if not args.embed_shortcut:
                 x = x0
         value_tables = [table(inputs_BT).to(self.dtype) for table in self.value_embeds]
-        for i, block in enumerate(self.blocks):
+        for i in range(args.num_layers):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
             value_embedding = value_tables[self.value_table[i]] if i in self.value_table else None
-            x = block(x, x0, self.rotary, batch, windows, value_embedding, is_first, memory)
+            x = self.run_block(i, x, x0, self.rotary, batch, windows, value_embedding, is_first,
+                               memory)
             if self.skip_lambdas is not None and i < args.num_layers // 2:
                 skips.append(x)
             if i in self.mixed:
@@ -1866,21 +1878,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Adam), padded so that every rank owns as many, and its parameters become views of it. A step
     sums the gradients into each rank's share, updates the share, and gathers the shares. With one
     rank the share is everything; the code is the same. Groups are lists of (name, parameter).
+
+    Gradients of `early` groups are handed over one by one, as `sum_early` says.
     """
 
     unit_ndim: int  # dimensions of a unit, unless its group says otherwise
 
     def __init__(self, groups: list[dict], rank: int, world_size: int, **defaults):
-        super().__init__(groups, dict(unit_ndim=self.unit_ndim) | defaults)
+        super().__init__(groups, dict(unit_ndim=self.unit_ndim, early=False) | defaults)
         self.rank, self.world_size = rank, world_size
         self.flats, self.reductions = [], []
-        for group in self.param_groups:
+        self.is_first = self.is_last = True  # micro-batch of the step
+        self.early_sums: dict[int, tuple[Tensor, list]] = {}  # by group: gradients, what they await
+        self.places: dict[str, tuple[int, slice]] = {}  # group and units of parameters
+        for i, group in enumerate(self.param_groups):
             group["initial_lr"], group["grad_scale"] = group["lr"], 1.0
             flat = self.flatten([p.detach() for p in group["params"]], group["unit_ndim"])
-            offset = 0
-            for p in group["params"]:
-                p.data = flat.view(-1)[offset : offset + p.numel()].view_as(p)
-                offset += p.numel()
+            first = 0
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                units = slice(first, first + p.numel() // flat[0].numel())
+                p.data = flat[units].view_as(p)
+                self.places[name], first = (i, units), units.stop
             self.flats.append(flat)
 
     def flatten(self, tensors: list[Tensor], unit_ndim: int) -> Tensor:
@@ -1896,13 +1914,36 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """This rank's units of a flat buffer."""
         return flat.chunk(self.world_size)[self.rank]
 
+    def receive(self, name: str, grad: Tensor) -> Tensor:
+        """Add a gradient to those of the micro-batches before; returns their sum."""
+        i, units = self.places[name]
+        if i not in self.early_sums:
+            self.early_sums[i] = torch.zeros_like(self.flats[i]), []
+        total = self.early_sums[i][0][units].view_as(grad)
+        return total.copy_(grad) if self.is_first else total.add_(grad)
+
+    def send(self, name: str) -> None:
+        """Start summing what was received over ranks, each unit on the rank that owns it."""
+        if not self.is_last:
+            return
+        i, units = self.places[name]
+        grads, works = self.early_sums[i]
+        count = len(grads) // self.world_size
+        for owner in range(units.start // count, (units.stop - 1) // count + 1):
+            piece = grads[max(units.start, owner * count) : min(units.stop, (owner + 1) * count)]
+            works.append(dist.reduce(piece, owner, async_op=True))
+
     @torch.no_grad()
     def reduce(self) -> None:
-        """Start summing the gradients over ranks."""
-        for group in self.param_groups:
+        """Start summing the gradients over ranks, but for those that are being summed."""
+        for i, group in enumerate(self.param_groups):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
                     raise RunError(f"parameter {name} got no gradient: nothing in forward uses it")
+            if i in self.early_sums:
+                grads, works = self.early_sums[i]
+                self.reductions.append((grads, partial(wait_for, works)))
+                continue
             grads = self.flatten([p.grad for p in group["params"]], group["unit_ndim"])
             self.reductions.append(
                 (grads, reduce_scatter(grads, self.share(grads), self.world_size)))
@@ -1972,6 +2013,52 @@ def step_together(optimizers: list[ShardedOptimizer]) -> None:
             optimizer.reduce()
     for wait in [wait for optimizer in optimizers for wait in optimizer.update_shares()]:
         wait()
+
+
+def sum_early(model: GPT, optimizers: list[ShardedOptimizer]) -> None:
+    """Have gradients of `early` groups summed over ranks before the backward pass is over.
+
+    A compiled graph returns all gradients at its end. So it gets nodes that hand them over where
+    they are known. The sums start in one order on all ranks, whatever the order in which the
+    compiler computes the gradients.
+    """
+    owners = {name: optimizer for optimizer in optimizers for group in optimizer.param_groups
+              if group["early"] for name in group["param_names"]}
+    early = {name: p for name, p in model.named_parameters() if name in owners}
+    order = sorted(reversed(early), key=lambda name: name != "head")  # as they become known
+    waiting, arrived = [], set()
+
+    @torch.library.custom_op("gpt2_speedrun::hand_over", mutates_args=())
+    def receive(grad: Tensor, name: str) -> Tensor:
+        if not waiting:
+            waiting.extend(order)
+        early[name].grad = None  # or autograd would add the sum to itself
+        total = owners[name].receive(name, grad)
+        arrived.add(name)
+        while waiting and waiting[0] in arrived:
+            arrived.remove(waiting[0])
+            owners[waiting[0]].send(waiting.pop(0))
+        return total
+
+    receive.register_fake(lambda grad, name: grad.new_empty(grad.shape))
+
+    class HandOver(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, p, name):
+            ctx.name = name
+            return p.view_as(p)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return receive(grad, ctx.name), None
+
+    if early:
+        model.hand_over = lambda name, p: HandOver.apply(p, name) if name in early else p
+
+
+def wait_for(works: list) -> None:
+    while works:
+        works.pop().wait()
 
 
 def reduce_scatter(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], None]:
@@ -2108,7 +2195,11 @@ def build_optimizers(
             units = dict(unit_ndim=1) if args.row_moments and kind != "head" else {}
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
-        groups.setdefault(key, dict(params=[], lr=lrs[kind]) | units)["params"].append((name, p))
+        # A head that goes its own way later has two gradients to add up.
+        is_whole = kind == "matrix" or name == "head" and not args.untie_frac
+        early = world_size > 1 and is_whole
+        group = groups.setdefault(key, dict(params=[], lr=lrs[kind], early=early) | units)
+        group["params"].append((name, p))
 
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
     muon = dict(momentum=args.muon_momentum, beta2=args.muon_beta2, nesterov=args.muon_nesterov,
@@ -3147,7 +3238,9 @@ def train_step(
     ahead_K = torch.tensor(ahead_weights(step, args), pin_memory=ranks.device.type == "cuda")
     ahead_K = ahead_K.to(ranks.device, non_blocking=True)
     total = torch.zeros((), device=ranks.device)
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        for optimizer in optimizers:
+            optimizer.is_first, optimizer.is_last = i == 0, i == len(batches) - 1
         # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
         # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
@@ -3265,6 +3358,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
     for note in notes:
         log(note, console=True)
     checkpoints = Checkpoints(log_path.with_suffix(""), log)
+    sum_early(model, optimizers)
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
         log("compiling and warming up on random tokens; the clock starts after it", console=True)

@@ -164,6 +164,7 @@ def build(args: Hyperparameters) -> Trainer:
     torch.manual_seed(args.seed)
     model = train_gpt.GPT(args, attention).to(ranks.device)
     optimizers = train_gpt.build_optimizers(model, args, ranks.rank, ranks.world_size)
+    train_gpt.sum_early(model, optimizers)
     compiled = torch.compile(model, fullgraph=True) if args.compile else model
     if args.kernel_warmup:
         train_gpt.warm_up(model, compiled, optimizers, args, ranks)
@@ -283,8 +284,8 @@ def profile_stage(
     yield kernel_table(kernels, sizes, PROFILED)
     rate = (flops[BLOCKS] + flops[HEAD]) / ms / 1e9
     reached = f", {rate / own.rate:.1%} of {own.rate:g}" if on_gpu else ""
-    yield (f"Model: {rate:.4g} TFLOP/s{reached} on each rank (6 x {blocks + head:,} active weights x tokens / "
-           f"time); {1000 * size / ms:,.0f} tokens/s; peak memory {memory}.")
+    yield (f"Model: {rate:.4g} TFLOP/s{reached} on each rank (6 x {blocks + head:,} active weights "
+           f"x tokens / time); {1000 * size / ms:,.0f} tokens/s; peak memory {memory}.")
 
 
 def profile_all(args: Hyperparameters, own: argparse.Namespace) -> Iterator[str]:
@@ -294,8 +295,8 @@ def profile_all(args: Hyperparameters, own: argparse.Namespace) -> Iterator[str]
     on_gpu = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     world_size = trainer.ranks.world_size
-    yield (f"# Profile of a training step\n\n{world_size} x {machine}, torch {torch.__version__}; recipe "
-           f"{args.recipe}; {'; '.join(trainer.notes)}.")
+    yield (f"# Profile of a training step\n\n{world_size} x {machine}, torch {torch.__version__}; "
+           f"recipe {args.recipe}; {'; '.join(trainer.notes)}.")
     if on_gpu:
         yield (f"Limits: {own.rate:g} TFLOP/s (here a product of 8192 x 8192 reaches "
                f"{matrix_rate(device) / 1e12:.0f}) and {own.bandwidth:g} TB/s.")

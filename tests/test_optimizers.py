@@ -311,6 +311,7 @@ def train_steps(ranks, args, shard):
     torch.manual_seed(7)
     model = GPT(args)
     optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
+    train_gpt.sum_early(model, optimizers)
     losses = [
         train_step(model, optimizers, batches, step, args, ranks)
         for step, batches in enumerate(train_batches([shard], args, ranks))
@@ -352,6 +353,38 @@ def test_ranks_train_as_one(shard, on_one_rank, tmp_path, world_size):
             assert_same_training(got, expected)
             for name, weight in got[1].items():
                 assert torch.equal(weight, same[1][name]), f"ranks differ in {name}"
+
+
+def what_happens_in_a_step(ranks, shard):
+    """Sums over ranks that start, by size, and gradients of the embedding that become known."""
+    args = training_args(optimizer="muon", device_batch_size=128)
+    torch.manual_seed(7)
+    model = GPT(args)
+    optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
+    events, start = [], torch.distributed.reduce
+
+    def reduce(tensor, *arguments, **options):
+        events.append(tensor.numel())
+        return start(tensor, *arguments, **options)
+
+    torch.distributed.reduce = reduce
+    model.embed.weight.register_hook(lambda grad: events.append("embedding"))
+    train_gpt.sum_early(model, optimizers)
+    batches = next(train_batches([shard], args, ranks))
+    train_step(model, optimizers, batches, 0, args, ranks)
+    return events
+
+
+def test_gradients_of_matrices_are_summed_before_the_backward_pass_is_over(shard, tmp_path):
+    first, second = run_ranks(what_happens_in_a_step, 2, tmp_path / "ranks", shard)
+    assert first == second  # or they would sum different matrices
+    # Of two micro-batches only the last sends: the head, and of 3 layers 4 matrices each.
+    head, width = 253 * 20, 20
+    assert first[0] == first[-1] == "embedding" and first.count("embedding") == 2
+    matrices = [size for size in first[1:-1] if size % width**2 == 0]
+    assert sum(matrices) == 3 * (3 + 1 + 3 + 3) * width**2
+    assert sum(first[1:-1]) - sum(matrices) == head
+    assert first[1:3] == [head / 2, head / 2]  # known first
 
 
 def test_the_sizes_of_these_tests_do_not_share_out_evenly():
