@@ -355,7 +355,7 @@ def test_ranks_train_as_one(shard, on_one_rank, tmp_path, world_size):
                 assert torch.equal(weight, same[1][name]), f"ranks differ in {name}"
 
 
-def what_happens_in_a_step(ranks, shard):
+def what_happens_in_a_step(ranks, shard, is_compiled):
     """Sums over ranks that start, by size, and gradients of the embedding that become known."""
     args = training_args(optimizer="muon", device_batch_size=128)
     torch.manual_seed(7)
@@ -371,12 +371,15 @@ def what_happens_in_a_step(ranks, shard):
     model.embed.weight.register_hook(lambda grad: events.append("embedding"))
     train_gpt.sum_early(model, optimizers)
     batches = next(train_batches([shard], args, ranks))
-    train_step(model, optimizers, batches, 0, args, ranks)
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
+    train_step(loss, optimizers, batches, 0, args, ranks)
     return events
 
 
-def test_gradients_of_matrices_are_summed_before_the_backward_pass_is_over(shard, tmp_path):
-    first, second = run_ranks(what_happens_in_a_step, 2, tmp_path / "ranks", shard)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_gradients_of_matrices_are_summed_before_the_backward_pass_is_over(
+        shard, tmp_path, is_compiled):
+    first, second = run_ranks(what_happens_in_a_step, 2, tmp_path / "ranks", shard, is_compiled)
     assert first == second  # or they would sum different matrices
     # Of two micro-batches only the last sends: the head, and of 3 layers 4 matrices each.
     head, width = 253 * 20, 20
