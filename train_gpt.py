@@ -2024,11 +2024,13 @@ def sum_early(model: GPT, optimizers: list[ShardedOptimizer]) -> None:
     """
     owners = {name: optimizer for optimizer in optimizers for group in optimizer.param_groups
               if group["early"] for name in group["param_names"]}
+    if not owners:
+        return
     early = {name: p for name, p in model.named_parameters() if name in owners}
     order = sorted(reversed(early), key=lambda name: name != "head")  # as they become known
     waiting, arrived = [], set()
 
-    @torch.library.custom_op("gpt2_speedrun::hand_over", mutates_args=())
+    @torch.library.custom_op("speedrun::hand_over", mutates_args=())
     def receive(grad: Tensor, name: str) -> Tensor:
         if not waiting:
             waiting.extend(order)
@@ -2052,8 +2054,7 @@ def sum_early(model: GPT, optimizers: list[ShardedOptimizer]) -> None:
         def backward(ctx, grad):
             return receive(grad, ctx.name), None
 
-    if early:
-        model.hand_over = lambda name, p: HandOver.apply(p, name) if name in early else p
+    model.hand_over = lambda name, p: HandOver.apply(p, name) if name in early else p
 
 
 def wait_for(works: list) -> None:

@@ -180,7 +180,7 @@ def part_of(kernel: Kernel, sizes: Sizes) -> str:
     A table and its gradient are known by their shape, which an untied head shares.
     """
     name, op = kernel.name, kernel.launcher
-    if COMMUNICATION_NAME.match(op.name if op else name):
+    if COMMUNICATION_NAME.match(name) or op and COMMUNICATION_NAME.match(op.name):
         return COMMUNICATION
     for outer in kernel.stack:
         if outer.name.startswith(RANGE):

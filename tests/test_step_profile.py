@@ -141,6 +141,12 @@ CASES = {
     "table in Adam": (["optimizer: Adam", "## graph", "triton_poi_fused_add_div_0"],
                       [([4 * V * D], FLOAT)], "triton_poi_fused_add_div_0", "optimizer: Adam"),
     "another optimizer": (["optimizer: Shampoo", "aten::mm"], [], GEMM, "optimizer: Shampoo"),
+    "sum in the backward pass": (["CompiledFunctionBackward", "speedrun::hand_over"],
+                                 [([3_072, D], FLOAT)], "ncclDevKernel_Reduce_Sum_f32_RING_LL(x)",
+                                 "communication"),
+    "sum that an optimizer starts": (["optimizer: Adam", "c10d::_reduce_scatter_base_"],
+                                     [([V, D], FLOAT)], "ncclDevKernel_ReduceScatter_Sum_f32",
+                                     "communication"),
     "custom operator": (["speedrun::mystery"], bf16((D, D)), "_mystery", "other"),
     "launched by nobody": ([], [], "_mystery", "other"),
 }
@@ -206,6 +212,18 @@ def kernels(tmp_path):
 def test_overlapping_kernels_keep_the_gpu_busy_only_once(kernels):
     assert busy_time(kernels) == 2 * (3_000 + 1_000)
     assert busy_time(reversed(kernels)) == busy_time(kernels)
+
+
+def test_communication_alone_is_what_no_other_kernel_runs_beside(tmp_path):
+    trace = Trace()
+    trace.cpu("aten::mm", inputs=bf16((D, D), (D, D)), launches=GEMM, gpu_start=0, duration=2_000)
+    for start, duration in ((500, 1_000), (1_800, 1_200)):
+        trace.cpu("c10d::reduce_", launches="ncclDevKernel_Reduce", gpu_start=start,
+                  duration=duration)
+    table = step_profile.part_table(trace.read(tmp_path), SIZES, 1, 4.0, None, {})
+    assert cells(table, "communication")[1:3] == ["2.200", "55.0%"]
+    assert cells(table, "communication alone")[1:3] == ["1.000", "25.0%"]
+    assert cells(table, "idle")[1:3] == ["1.000", "25.0%"]
 
 
 def test_the_table_sums_the_parts_of_a_step_and_what_is_left_is_idle(kernels):
