@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
@@ -226,6 +227,19 @@ def time_steps(run_step: Callable, batches: list, device: torch.device) -> tuple
     return [end - start for start, end in pairwise(ends)], clock.recompilations
 
 
+def queue_time(run_step: Callable, step_batches, device: torch.device) -> float:
+    """Milliseconds that the CPU takes to queue a step for a GPU that has nothing else to do.
+
+    If it is about as long as the step, the GPU waits for the CPU.
+    """
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run_step(step_batches)
+    took = time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    return 1000 * took
+
+
 def profile_steps(run_step: Callable, batches: list, device: torch.device, path: Path) -> None:
     """Write the trace of all steps but the first, which warms the profiler up."""
     profiler = torch.profiler
@@ -245,7 +259,7 @@ def profile_stage(
     """The report of one stage, paragraph by paragraph, each as soon as it is known."""
     args, device, model = trainer.args, trainer.ranks.device, trainer.model
     on_gpu, windows = device.type == "cuda", train_gpt.attention_windows(step, args)
-    batches, data = stage_batches(args, trainer.ranks, size, UNTIMED + own.steps + 1 + PROFILED)
+    batches, data = stage_batches(args, trainer.ranks, size, UNTIMED + own.steps + 2 + PROFILED)
     yield (f"## {size:,} tokens per step\n\nStep {step} of {args.train_steps:,}; windows of "
            f"{windows[0]} and {windows[1]} tokens; micro-batches: {len(batches[0])}; {data}.")
 
@@ -258,12 +272,14 @@ def profile_stage(
         torch.cuda.reset_peak_memory_stats(device)
     for step_batches in batches[:UNTIMED]:
         run_step(step_batches)
-    timed, profiled = batches[UNTIMED : UNTIMED + own.steps], batches[UNTIMED + own.steps :]
+    timed, (queued, *profiled) = batches[UNTIMED:][: own.steps], batches[UNTIMED + own.steps :]
     times, compiled = time_steps(run_step, timed, device)
     ms, memory = statistics.median(times), train_gpt.peak_memory(device)
     yield (f"{ms:.3f} ms is the median of {own.steps} steps of {min(times):.3f} to "
            f"{max(times):.3f} ms, in which {compiled} graphs were compiled.")
 
+    if on_gpu:
+        yield f"The CPU queues a step in {queue_time(run_step, queued, device):.1f} ms."
     profile_steps(run_step, profiled, device, trace)
     if not (kernels := step_trace.read_trace(trace, on_gpu)):
         yield "The profiler saw nothing run; another profiler may be at work on this machine."

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -406,6 +407,13 @@ def test_made_up_batches_look_like_documents_cut_to_rows():
     assert 0 < lengths.min() < lengths.max() <= batch.max_length == 512
     assert batch.inputs_BT.min() >= 0 and batch.inputs_BT.max() < args.vocab_size
     assert batch.inputs_BT.dtype == batch.cu_seqlens.dtype == torch.int32
+
+
+def test_queueing_is_timed_without_what_was_queued_before_and_without_the_wait(monkeypatch):
+    waits = iter((0.2, 0.2))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(next(waits)))
+    took = step_profile.queue_time(lambda batches: time.sleep(batches), 0.05, None)
+    assert 50 <= took < 200 and not list(waits)
 
 
 def profile(*argv, cwd, **env) -> subprocess.CompletedProcess:
