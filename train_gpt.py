@@ -965,7 +965,9 @@ def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -
     generator = torch.Generator().manual_seed(args.seed)
     row_length = args.row_length if training else args.max_val_length
     shape = (num_tokens // row_length, row_length)
-    inputs, targets = torch.randint(args.vocab_size, (2, *shape), generator=generator).int()
+    # Not two views of one tensor, which a compiled graph would tell from real ones.
+    inputs, targets = (torch.randint(args.vocab_size, shape, generator=generator).int()
+                       for _ in range(2))
     max_length = args.max_train_length if training else args.max_val_length
     cu_seqlens = torch.arange(0, num_tokens + 1, max_length, dtype=torch.int32)
     if cu_seqlens[-1] < num_tokens:

@@ -534,3 +534,24 @@ def test_data_without_document_starts_does_without_document_masking(tmp_path):
     args = plan_args(tmp_path, document_masking=False, vocab_size=256)
     train, val = plan_data(args)
     assert (train[0].num_rows, val[0].num_rows) == (20, 9)
+
+
+def test_a_graph_compiled_on_warm_up_tokens_serves_real_ones(tmp_path):
+    args = tiny_args(vocab_size=50_257)
+    path = write_shard(tmp_path / "tokens_train_1.bin", random_documents(0, 40, 200))
+    real = TokenRows(path, args, training=True).micro_batch(0, args.device_batch_size // 64)
+    made_up = train_gpt.random_micro_batch(args, args.device_batch_size, training=True)
+    fewer = train_gpt.random_micro_batch(args, 64, training=False)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(train_gpt.GPT(args), backend=backend, fullgraph=True)
+    for windows in ((32, 64), (16, 32)):  # the second makes them variable
+        for batch in (fewer, made_up):
+            compiled(batch.to(CPU), windows)
+    warm = len(graphs)
+    compiled(real.to(CPU), (24, 48))
+    assert len(graphs) == warm
