@@ -1590,14 +1590,13 @@ class GPT(nn.Module):
         x_BTD = self.hidden(batch, windows)
         ahead_K = x_BTD.new_ones(1, dtype=torch.float32) if ahead_K is None else ahead_K
         targets_NK = next_tokens(batch.targets_BT, len(ahead_K))
-        head = self.head_weight
-        if self.hand_over and self.head is not None and torch.is_grad_enabled():
-            head = self.hand_over("head", head)
+        head = self.head_weight if self.hand_over is None else self.hand_over(
+            "head", self.head_weight)
         return linear_cross_entropy(x_BTD.flatten(0, 1), head, targets_NK, ahead_K,
                                     self.logit_bias, self.args)
 
     def run_block(self, i: int, *inputs) -> Tensor:
-        if self.hand_over is None or not torch.is_grad_enabled():
+        if self.hand_over is None:
             return self.blocks[i](*inputs)
         weights = {name: self.hand_over(f"blocks.{i}.{name}", p)
                    for name, p in self.blocks[i].named_parameters()}

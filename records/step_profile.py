@@ -318,8 +318,8 @@ def profile_all(args: Hyperparameters, own: argparse.Namespace) -> Iterator[str]
                f"{matrix_rate(device) / 1e12:.0f}) and {own.bandwidth:g} TB/s.")
     with tempfile.TemporaryDirectory() as folder:
         for size, step in stages.items():
-            rank = trainer.ranks.rank
-            trace = own.trace if own.trace and rank == 0 else Path(folder) / "trace.json"
+            is_kept = own.trace and trainer.ranks.rank == 0
+            trace = own.trace if is_kept else Path(folder) / "trace.json"
             if len(stages) > 1:
                 trace = trace.with_stem(f"{trace.stem}-{size}")
             yield from profile_stage(trainer, size, step, own, trace)

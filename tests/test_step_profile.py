@@ -416,9 +416,12 @@ def test_queueing_is_timed_without_what_was_queued_before_and_without_the_wait(m
     assert 50 <= took < 200 and not list(waits)
 
 
-def profile(*argv, cwd, **env) -> subprocess.CompletedProcess:
+def profile(*argv, cwd, nproc=1, **env) -> subprocess.CompletedProcess:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env
-    return subprocess.run([sys.executable, str(ROOT / "records" / "step_profile.py"), *argv],
+    launcher = [sys.executable]
+    if nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return subprocess.run([*launcher, str(ROOT / "records" / "step_profile.py"), *argv],
                           cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -468,12 +471,8 @@ def test_the_head_counts_the_tokens_that_the_step_compares_with(tmp_path):
 
 
 def test_of_several_ranks_one_reports_what_of_the_communication_nothing_hides(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "records" / "step_profile.py"), *SMALL, "--data_path", "none",
-               "--device_batch_size", "64"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          timeout=300)
+    done = profile(*SMALL, "--data_path", "none", "--device_batch_size", "64", cwd=tmp_path,
+                   nproc=2)
     assert done.returncode == 0, done.stderr
     first, *sections = done.stdout.split("\n## ")
     assert "\n2 x CPU" in first and [text.split()[0] for text in sections] == ["128", "256"]
