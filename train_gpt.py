@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -153,6 +154,7 @@ class Hyperparameters:
     fp8_gradients: bool = False  # with fp8_blocks and relu2: and in the MLPs' weight gradients
     triton_kernels: bool = False  # a Triton kernel for the loss of capped logits
     compile: bool = True  # torch.compile
+    cuda_graphs: bool = False  # launch the kernels of a micro-batch as one; wants kernel_warmup
     kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts
     # Stopping, and going on
     save_every: int = 0  # steps between checkpoints; the end is one too; -1: only it; 0: none
@@ -267,7 +269,7 @@ RECORD = dict(
     scalar_lr=0.05, muon_momentum=0.9, muon_beta2=0.9, adam_beta1=0.6, adam_beta2=0.99,
     row_moments=True, train_steps=4_125, cooldown_frac=0.55, loss_chunk_size=16_384,
     sampled_vocab=14_336, tokens_ahead=3, fp8_head=True, fp8_blocks=True, fp8_gradients=True,
-    triton_kernels=True,
+    triton_kernels=True, cuda_graphs=True,
 )
 
 # For Hopper GPUs, one to eight, and the tracks gpt2-small and gpt2-medium; lengths are guesses. The
@@ -306,7 +308,8 @@ RECIPES: dict[str, dict] = {
         batch_stages="", val_row_length=0, attention_dim=0, attention_gate=False, unigram_power=1.0,
         bigram_rows=4_096, output_mixing=False, bigram_lr=0.25, sampled_vocab=1_024, matrix_lr=0.05,
         train_steps=12, cooldown_frac=0.45, val_loss_every=6, loss_chunk_size=512, tokens_ahead=1,
-        fp8_head=False, fp8_blocks=False, fp8_gradients=False, triton_kernels=False),
+        fp8_head=False, fp8_blocks=False, fp8_gradients=False, triton_kernels=False,
+        cuda_graphs=False),
 }
 
 # What a Hopper GPU is given in place of what every GPU can run.
@@ -786,6 +789,7 @@ class ShardInfo(NamedTuple):
     num_bytes: int
     sha256: str
     num_rows: int
+    most_sequences: int  # in a micro-batch
 
 
 def inspect_shard(path: Path, args: Hyperparameters, training: bool) -> ShardInfo:
@@ -794,7 +798,10 @@ def inspect_shard(path: Path, args: Hyperparameters, training: bool) -> ShardInf
     with open(path, "rb") as file:
         sha256 = hashlib.sha256(file.read(4 * SHARD_HEADER_INTS))
     sha256.update(rows.tokens)
-    return ShardInfo(path, path.stat().st_size, sha256.hexdigest(), rows.num_rows)
+    starts = np.append(rows.first_sequence[:: args.device_batch_size // args.row_length],
+                       rows.first_sequence[-1])
+    return ShardInfo(path, path.stat().st_size, sha256.hexdigest(), rows.num_rows,
+                     int(np.diff(starts).max()))
 
 
 def data_folder(args: Hyperparameters) -> Path:
@@ -1112,6 +1119,8 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
     if not has_triton:
         missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
                                      "instead, and slower")
+    if device.type != "cuda":
+        missing["cuda_graphs"] = "there is no GPU"
     if args.bias or args.norm_gain:
         reason = "it wants a bound, which --bias and --norm_gain leave open; 16 bits instead"
         missing |= {"fp8_blocks": reason} | ({"fp8_head": reason} if args.norm_gain else {})
@@ -3230,25 +3239,116 @@ def copy_to_cpu(value: Tensor) -> Tensor:
     return copy.copy_(value, non_blocking=True)
 
 
-def train_step(
-    model: Callable, optimizers: list[ShardedOptimizer], batches: list[MicroBatch], step: int,
-    args: Hyperparameters, ranks: Ranks,
+def add_gradients(
+    model: Callable, optimizers: list[ShardedOptimizer], batches: list[MicroBatch],
+    windows: tuple[int, int], ahead_K: Tensor, args: Hyperparameters, device: torch.device,
 ) -> Tensor:
-    """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
-    set_schedules(optimizers, step, args)
-    windows = attention_windows(step, args)
-    ahead_K = torch.tensor(ahead_weights(step, args), pin_memory=ranks.device.type == "cuda")
-    ahead_K = ahead_K.to(ranks.device, non_blocking=True)
-    total = torch.zeros((), device=ranks.device)
+    """The sum of the losses of a step's micro-batches, and their gradients in the parameters."""
+    total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         for optimizer in optimizers:
             optimizer.is_first, optimizer.is_last = i == 0, i == len(batches) - 1
         # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
         # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
-            loss = model(batch.to(ranks.device), windows, ahead_K)
+            loss = model(batch.to(device), windows, ahead_K)
             loss.backward()
         total += loss.detach()
+    return total
+
+
+class Recorded:
+    """Forward and backward passes as CUDA graphs, for when launching takes longer than running.
+
+    A graph is of fixed shapes and windows, so that there is one for each windows and each place
+    among the micro-batches of a step; empty sequences follow the last, up to the most that a
+    micro-batch of the run has. Graphs share their memory: gradients last until the next step.
+    """
+
+    def __init__(self, model: Callable, optimizers: list[ShardedOptimizer], args: Hyperparameters,
+                 device: torch.device, most_sequences: int):
+        self.model, self.optimizers, self.args = model, optimizers, args
+        self.params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        batch = random_micro_batch(args, args.device_batch_size, training=True)
+        ends = batch.cu_seqlens.new_full((most_sequences + 1,), args.device_batch_size)
+        self.batch = batch._replace(cu_seqlens=ends).to(device)
+        self.ahead_K = torch.ones(args.tokens_ahead, device=device)
+        self.recordings, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def record_all(self, world_size: int) -> None:
+        """Record all steps of the run. Their kernels have to have run before.
+
+        RunError if something in them cannot be recorded.
+        """
+        try:
+            for step in range(self.args.train_steps):
+                count = self.args.grad_accum_steps(step, world_size)
+                with memory_advice(self.args, "device_batch_size"):
+                    self.recording(attention_windows(step, self.args), count)
+        except RuntimeError as error:
+            raise RunError(f"a step cannot be recorded as a CUDA graph: {error}; "
+                           "--cuda_graphs false does without") from error
+
+    def recording(self, windows: tuple[int, int], count: int) -> tuple[dict, list[Tensor]]:
+        """Of `count` micro-batches, by place: graphs and their losses; and the gradients."""
+        if (windows, count) in self.recordings:
+            return self.recordings[windows, count]
+        graphs = {}
+        for place in dict.fromkeys((i == 0, i == count - 1) for i in range(count)):
+            for optimizer in self.optimizers:
+                optimizer.is_first, optimizer.is_last = place
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, as that which makes the batches, may go on meanwhile.
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                loss = self.model(self.batch, windows, self.ahead_K)
+                loss.backward()
+                for optimizer in self.optimizers:
+                    for _, works in optimizer.early_sums.values():
+                        wait_for(works)
+            graphs[place] = graph, borrowed(loss.detach())
+        grads = [borrowed(p.grad) for p in self.params]
+        for p in self.params:
+            p.grad = None
+        return self.recordings.setdefault((windows, count), (graphs, grads))
+
+    def add_gradients(self, batches: list[MicroBatch], windows, ahead_K: Tensor) -> Tensor:
+        """What `add_gradients` does."""
+        graphs, grads = self.recording(windows, len(batches))
+        total, ends = torch.zeros_like(self.ahead_K[0]), self.batch.cu_seqlens
+        self.ahead_K.copy_(ahead_K)
+        for i, batch in enumerate(batches):
+            self.batch.inputs_BT.copy_(batch.inputs_BT, non_blocking=True)
+            self.batch.targets_BT.copy_(batch.targets_BT, non_blocking=True)
+            ends.fill_(self.args.device_batch_size)
+            ends[: len(batch.cu_seqlens)].copy_(batch.cu_seqlens, non_blocking=True)
+            graph, loss = graphs[i == 0, i == len(batches) - 1]
+            graph.replay()
+            total += loss
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = grad
+        return total
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """The same memory, float32, which others may use once the tensor is gone."""
+    array = dict(shape=tuple(tensor.shape), strides=tuple(4 * s for s in tensor.stride()),
+                 typestr="<f4", data=(tensor.data_ptr(), False), version=3)
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=array), device=tensor.device)
+
+
+def train_step(
+    model: Callable, optimizers: list[ShardedOptimizer], batches: list[MicroBatch], step: int,
+    args: Hyperparameters, ranks: Ranks, recorded: Recorded | None = None,
+) -> Tensor:
+    """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
+    set_schedules(optimizers, step, args)
+    windows = attention_windows(step, args)
+    ahead_K = torch.tensor(ahead_weights(step, args), pin_memory=ranks.device.type == "cuda")
+    ahead_K = ahead_K.to(ranks.device, non_blocking=True)
+    if recorded:
+        total = recorded.add_gradients(batches, windows, ahead_K)
+    else:
+        total = add_gradients(model, optimizers, batches, windows, ahead_K, args, ranks.device)
     is_tied = step < args.untie_frac * args.train_steps
     if is_tied:
         model.embed.weight.grad += model.head.grad
@@ -3361,12 +3461,16 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
         log(note, console=True)
     checkpoints = Checkpoints(log_path.with_suffix(""), log)
     sum_early(model, optimizers)
-    compiled = torch.compile(model, fullgraph=True) if args.compile else model
+    compiled, recorded = torch.compile(model, fullgraph=True) if args.compile else model, None
     if args.kernel_warmup:
         log("compiling and warming up on random tokens; the clock starts after it", console=True)
         started = time.perf_counter()
         saves = bool(args.save_every or args.save_on_exit)
         warm_up(model, compiled, optimizers, args, ranks, checkpoints.reserve if saves else None)
+        if args.cuda_graphs:
+            most = max(shard.most_sequences for shard in train_shards)
+            recorded = Recorded(compiled, optimizers, args, ranks.device, most)
+            recorded.record_all(ranks.world_size)
         log(f"warm-up: undone after {time.perf_counter() - started:.1f}s", console=True)
     else:
         log("warm-up: none")
@@ -3411,7 +3515,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
                 if is_last or is_stopped or is_early:
                     break
                 clock.start()
-            loss = train_step(compiled, optimizers, next(batches), step, args, ranks)
+            loss = train_step(compiled, optimizers, next(batches), step, args, ranks, recorded)
             progress.queued(stop.add_votes(loss, ranks))
             checkpoints.look()
     if is_last or not is_stopped:

@@ -46,7 +46,9 @@ def estimate_memory(args: Hyperparameters) -> float:
     per_number = (36 if args.fp8_gradients else 50) if args.fp8_blocks else 55
     num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
                  + per_number * args.num_layers * args.model_dim * tokens  # activations
-                 + 2.3 * args.loss_chunk_size * args.vocab_size)  # logits in validation
+                 + 2.3 * args.loss_chunk_size * args.vocab_size  # logits in validation
+                 # The memory of CUDA graphs is of no use to validation.
+                 + 165 * args.model_dim * args.val_batch_size * args.cuda_graphs)
     return 1.05 * num_bytes / 2**30 + 0.7  # what the allocator leaves unused, and CUDA itself
 
 

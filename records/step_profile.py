@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -263,9 +264,14 @@ def profile_stage(
     yield (f"## {size:,} tokens per step\n\nStep {step} of {args.train_steps:,}; windows of "
            f"{windows[0]} and {windows[1]} tokens; micro-batches: {len(batches[0])}; {data}.")
 
-    def run_step(step_batches):
+    recorded = None
+    if args.cuda_graphs and args.kernel_warmup:
+        most = max(len(batch.cu_seqlens) - 1 for some in batches for batch in some)
+        recorded = train_gpt.Recorded(trainer.compiled, trainer.optimizers, args, device, most)
+
+    def run_step(step_batches, recorded=recorded):
         train_gpt.train_step(trainer.compiled, trainer.optimizers, step_batches, step, args,
-                             trainer.ranks)
+                             trainer.ranks, recorded)
 
     if on_gpu:
         torch.cuda.empty_cache()  # what was reserved for the warm-up is not this stage's
@@ -280,7 +286,8 @@ def profile_stage(
 
     if on_gpu:
         yield f"The CPU queues a step in {queue_time(run_step, queued, device):.1f} ms."
-    profile_steps(run_step, profiled, device, trace)
+    # Of a CUDA graph's kernels no operator is known.
+    profile_steps(partial(run_step, recorded=None), profiled, device, trace)
     if not (kernels := step_trace.read_trace(trace, on_gpu)):
         yield "The profiler saw nothing run; another profiler may be at work on this machine."
         return

@@ -428,6 +428,23 @@ def test_the_baseline_needs_26_shards_of_100_million_tokens():
     assert train_gpt.estimate_shards(baseline_args(train_steps=one_shard + 1)) == 2
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("settings", [{}, dict(device_batch_size=128), dict(document_rests=True),
+                                      dict(document_masking=False)], ids=str)
+def test_the_plan_knows_the_most_sequences_of_a_micro_batch(folder, settings, world_size):
+    args = plan_args(folder, **settings)
+    steps = len(steps_of(sorted(folder.glob("*train*")), args))
+    args = dataclasses.replace(args, train_steps=steps)
+    train, _ = plan_data(args)
+    counts = [len(batch.cu_seqlens) - 1 for rank in range(world_size)
+              for batches in train_batches([shard.path for shard in train], args,
+                                           Ranks(rank, world_size, CPU))
+              for batch in batches]
+    most = max(shard.most_sequences for shard in train)
+    # The last rows of a shard may make no step.
+    assert max(counts) <= most <= max(counts) + (2 if args.document_masking else 0)
+
+
 def test_packed_documents_need_some_more_shards_than_tokens_alone():
     args = baseline_args(recipe="modern", train_steps=1_500)
     tokens_alone = 1_500 * args.batch_size / 100e6

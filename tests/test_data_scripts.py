@@ -607,8 +607,8 @@ def data_check():
 
 
 @pytest.mark.parametrize("world_size, free, expected", [
-    (1, 78, None), (2, 78, None), (4, 78, 32_768), (8, 78, 16_384), (1, 22, 32_768),
-    (2, 13, 16_384)])
+    (1, 78, None), (2, 78, None), (4, 78, 32_768), (8, 78, 16_384), (1, 30, 32_768),
+    (2, 22, 16_384)])
 def test_the_advice_fits_the_memory_and_the_ranks(
         data_check, monkeypatch, world_size, free, expected):
     args = parse_hyperparameters(["--track", "gpt2-small", "--recipe", "small"])

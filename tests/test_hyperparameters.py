@@ -47,7 +47,7 @@ OTHER = dict(
     warmup_frac="0.1", cooldown_frac="0.2", cooldown_shape="sqrt", final_lr_frac="0.3",
     dtype="bfloat16", residual_dtype="bfloat16", loss_chunk_size="32", sampled_vocab="30000",
     tokens_ahead="2", attention="sdpa", fp8_head="true", fp8_blocks="true", fp8_gradients="true",
-    triton_kernels="true", compile="true", kernel_warmup="true", save_every="2",
+    triton_kernels="true", compile="true", cuda_graphs="true", kernel_warmup="true", save_every="2",
     save_on_exit="true", resume="latest", resume_anyway="true", stop_at_target="true",
     val_loss_every="3", log_every="7", log_dir="there", sample_every="4", log_wandb="true",
     wandb_project="project", wandb_name="name",
@@ -283,7 +283,7 @@ EIGHT_BITS = ["fp8_head", "fp8_blocks", "fp8_gradients"]
     ((12, 0), True, EIGHT_BITS[2:]), ((9, 0), False, [*EIGHT_BITS, "triton_kernels"]),
     ((8, 0), True, EIGHT_BITS), ((7, 5), True, EIGHT_BITS),
     ((7, 0), True, [*EIGHT_BITS, "triton_kernels"]),
-    (None, True, [*EIGHT_BITS, "triton_kernels"]),
+    (None, True, [*EIGHT_BITS, "triton_kernels", "cuda_graphs"]),
 ])
 def test_what_a_device_cannot_run_is_switched_off_by_name(monkeypatch, capability, triton, off):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
