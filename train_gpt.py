@@ -3374,6 +3374,13 @@ def clip_gradients(optimizers: list[ShardedOptimizer], limit: float, ranks: Rank
         group["grad_scale"] *= factor
 
 
+def compile_model(model: GPT) -> Callable:
+    """The model as one graph, for training, and one for validation, whatever the windows."""
+    # Numbers are compiled in, and variables only once they have changed: a second compilation.
+    torch.compiler.config.dynamic_sources = "L['windows'][0],L['windows'][1]"
+    return torch.compile(model, fullgraph=True)
+
+
 def warm_up(
     model: GPT, compiled: Callable, optimizers: list[ShardedOptimizer], args: Hyperparameters,
     ranks: Ranks, reserve: Callable | None = None,
@@ -3386,7 +3393,7 @@ def warm_up(
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
-        # The second windows make the compiler treat windows as variable from then on.
+        # The last step may have other windows, and more micro-batches.
         for step in sorted({0, args.train_steps - 1}):
             with torch.no_grad(), memory_advice(args, "val_batch_size"):
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
@@ -3461,7 +3468,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
         log(note, console=True)
     checkpoints = Checkpoints(log_path.with_suffix(""), log)
     sum_early(model, optimizers)
-    compiled, recorded = torch.compile(model, fullgraph=True) if args.compile else model, None
+    compiled, recorded = compile_model(model) if args.compile else model, None
     if args.kernel_warmup:
         log("compiling and warming up on random tokens; the clock starts after it", console=True)
         started = time.perf_counter()

@@ -167,7 +167,7 @@ def build(args: Hyperparameters) -> Trainer:
     model = train_gpt.GPT(args, attention).to(ranks.device)
     optimizers = train_gpt.build_optimizers(model, args, ranks.rank, ranks.world_size)
     train_gpt.sum_early(model, optimizers)
-    compiled = torch.compile(model, fullgraph=True) if args.compile else model
+    compiled = train_gpt.compile_model(model) if args.compile else model
     if args.kernel_warmup:
         train_gpt.warm_up(model, compiled, optimizers, args, ranks)
     for optimizer in optimizers:

@@ -101,7 +101,7 @@ def train_some_steps(
         for group in optimizers[0].param_groups:  # Muon's
             group["early"] = True
         train_gpt.sum_early(model, optimizers)
-    compiled = torch.compile(model, fullgraph=True) if compile else model
+    compiled = train_gpt.compile_model(model) if compile else model
     train_gpt.warm_up(model, compiled, optimizers, args, ranks)
     recorded = None
     if records:
