@@ -6,9 +6,10 @@
 In the middle of the steps of each size, one runs with its windows and learning rates: first timed
 without the profiler, then profiled. The kernels of the profile are summed by part of the step, and
 each part is set against a limit: arithmetic at the rate of a large matrix product, or each tensor
-moved once at the memory's bandwidth. What no rule knows is listed as "other". Without a GPU the
-operators' own times stand in for kernels, and there are no limits. Between ranks, communication
-goes on beside the rest; what of it nothing else runs beside has a line of its own.
+moved once at the memory's bandwidth. What no rule knows is listed as "other". CUDA graphs are timed
+as such, and profiled kernel by kernel. Without a GPU the operators' own times stand in for kernels,
+and there are no limits. Between ranks, communication goes on beside the rest; what of it nothing
+else runs beside has a line of its own.
 
 Of operators other than Inductor's the trace has no results, so that their limit is too low. A limit
 of tensors that is beaten is wrong, as when a kernel reads only a part of a large tensor.
