@@ -1119,8 +1119,8 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
     if not has_triton:
         missing["triton_kernels"] = ("they need Triton and a Turing GPU or newer; plain PyTorch "
                                      "instead, and slower")
-    if device.type != "cuda":
-        missing["cuda_graphs"] = "there is no GPU"
+    if device.type != "cuda" or not args.kernel_warmup:
+        missing["cuda_graphs"] = "they take a GPU, and --kernel_warmup; kernels one by one instead"
     if args.bias or args.norm_gain:
         reason = "it wants a bound, which --bias and --norm_gain leave open; 16 bits instead"
         missing |= {"fp8_blocks": reason} | ({"fp8_head": reason} if args.norm_gain else {})

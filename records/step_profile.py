@@ -266,7 +266,7 @@ def profile_stage(
            f"{windows[0]} and {windows[1]} tokens; micro-batches: {len(batches[0])}; {data}.")
 
     recorded = None
-    if args.cuda_graphs and args.kernel_warmup:
+    if args.cuda_graphs:
         most = max(len(batch.cu_seqlens) - 1 for some in batches for batch in some)
         recorded = train_gpt.Recorded(trainer.compiled, trainer.optimizers, args, device, most)
 

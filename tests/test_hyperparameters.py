@@ -297,6 +297,16 @@ def test_what_a_device_cannot_run_is_switched_off_by_name(monkeypatch, capabilit
     assert train_gpt.switch_off(modern, device) == (modern, [])
 
 
+def test_without_a_warm_up_there_are_no_cuda_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    args = parse_hyperparameters(["--track", "single-gpu", "--recipe", "record",
+                                  "--kernel_warmup", "false"])
+    changed, notes = train_gpt.switch_off(args, torch.device("cuda"))
+    assert changed == dataclasses.replace(args, cuda_graphs=False)
+    assert [note.split(":")[0] for note in notes] == ["--cuda_graphs is off here"]
+
+
 @pytest.mark.parametrize("switch, off", [
     ("bias", ["fp8_blocks"]), ("norm_gain", ["fp8_head", "fp8_blocks"])])
 def test_what_leaves_no_bound_switches_8_bit_floats_off(monkeypatch, switch, off):
