@@ -86,14 +86,18 @@ def advise(args: Hyperparameters, free: float) -> str:
     micro_rows = args.device_batch_size // args.row_length
     if rows % micro_rows == 0 and estimate_memory(args) < 0.95 * free:
         return ""
-    for n in range(micro_rows, 0, -1):
-        size = n * args.row_length
-        val_rows = max(1, size // args.max_val_length)
-        val_size = min(val_rows * args.max_val_length, args.val_batch_size)
-        smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=val_size)
-        fits = rows % n == 0 and find_problem(smaller) is None
-        if fits and estimate_memory(smaller) < 0.9 * free:
-            return f"--device_batch_size {size} --val_batch_size {val_size}"
+    # Graphs take memory of their own, but are worth more than a large micro-batch.
+    for cuda_graphs in sorted({args.cuda_graphs, False}, reverse=True):
+        for n in range(micro_rows, 0, -1):
+            size = n * args.row_length
+            val_rows = max(1, size // args.max_val_length)
+            val_size = min(val_rows * args.max_val_length, args.val_batch_size)
+            smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=val_size,
+                                          cuda_graphs=cuda_graphs)
+            fits = rows % n == 0 and find_problem(smaller) is None
+            if fits and estimate_memory(smaller) < 0.9 * free:
+                return (f"--device_batch_size {size} --val_batch_size {val_size}"
+                        + " --cuda_graphs false" * (args.cuda_graphs and not cuda_graphs))
     raise RunError(f"about {estimate_memory(smaller):.0f} GiB of GPU memory are needed at least, "
                    f"but {free:.0f} GiB are free")
 

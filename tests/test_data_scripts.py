@@ -606,15 +606,16 @@ def data_check():
     return check
 
 
-@pytest.mark.parametrize("world_size, free, expected", [
-    (1, 78, None), (2, 78, None), (4, 78, 32_768), (8, 78, 16_384), (1, 30, 32_768),
-    (2, 22, 16_384)])
+@pytest.mark.parametrize("world_size, free, expected, has_graphs", [
+    (1, 78, None, True), (2, 78, None, True), (4, 78, 32_768, True), (8, 78, 16_384, True),
+    (1, 30, 32_768, True), (1, 22, 16_384, True), (2, 13, 16_384, False)])
 def test_the_advice_fits_the_memory_and_the_ranks(
-        data_check, monkeypatch, world_size, free, expected):
+        data_check, monkeypatch, world_size, free, expected, has_graphs):
     args = parse_hyperparameters(["--track", "gpt2-small", "--recipe", "small"])
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     advice = data_check.advise(args, free)
     assert re.findall(r"--device_batch_size (\d+)", advice) == [str(expected)] * bool(expected)
+    assert advice.endswith(" --cuda_graphs false") == (not has_graphs)
     args = dataclasses.replace(args, device_batch_size=expected or args.device_batch_size)
     train_gpt.check_accumulation(args, world_size)
 

@@ -111,7 +111,7 @@ def test_there_is_a_graph_for_each_windows_and_place_in_a_step(args, graphs):
     assert len(graphs) == 2 + 2 + 3
 
 
-def test_what_cannot_be_recorded_says_how_to_do_without(args, graphs, monkeypatch):
+def test_what_cannot_be_recorded_says_how_to_do_without(args, graphs):
     model = GPT(args)
 
     def fails(*inputs):
