@@ -679,6 +679,59 @@ class MicroBatch(NamedTuple):
         return MicroBatch(inputs, targets, cu_seqlens, *self[3:])
 
 
+class Exchange(NamedTuple):
+    """Rows of a table that ranks look up in a step and that another rank owns; int64.
+
+    Rank r of n owns every n-th row from row r on: frequent tokens come first in a vocabulary.
+    """
+
+    mine: Tensor  # that this rank looks up, by owner
+    theirs: Tensor  # that others look up, counted among this rank's, by rank
+    counts: list[int]  # of `mine`, by owner
+    asked: list[int]  # of `theirs`, by rank
+
+    def to(self, device: torch.device) -> "Exchange":
+        return self._replace(mine=self.mine.to(device, non_blocking=True),
+                             theirs=self.theirs.to(device, non_blocking=True))
+
+
+def plan_exchanges(
+    parts: list[MicroBatch], args: Hyperparameters, ranks: Ranks
+) -> dict[str, Exchange]:
+    """What is to be exchanged of tables by token and of those by pair, in a step of these parts,
+    one of each rank. Every rank can tell, because all of them know the data.
+    """
+    if ranks.world_size == 1:
+        return {}
+    looked_up = {"token": (args.vocab_size, [part.inputs_BT for part in parts])}
+    if args.bigram_rows:
+        pairs = [hash_pairs(part.inputs_BT.long(), first_tokens(part), args.bigram_rows)
+                 for part in parts]
+        looked_up["pair"] = args.bigram_rows, pairs
+    return {kind: plan_exchange(num_rows, rows, ranks)
+            for kind, (num_rows, rows) in looked_up.items()}
+
+
+def plan_exchange(num_rows: int, rows_by_rank: list[Tensor], ranks: Ranks) -> Exchange:
+    """Of one table; each rank's rows may be repeated."""
+    share, theirs = -(-num_rows // ranks.world_size), []
+    for rank, rows in enumerate(rows_by_rank):
+        is_used = torch.zeros(share * ranks.world_size, dtype=torch.bool)
+        is_used[rows.flatten().long()] = True
+        by_owner = is_used.view(share, ranks.world_size).T
+        theirs.append(by_owner[ranks.rank].nonzero().flatten())
+        if rank == ranks.rank:
+            theirs[rank] = theirs[rank][:0]
+            by_owner[rank] = False
+            owner, i = by_owner.nonzero().T
+            mine, counts = i * ranks.world_size + owner, by_owner.sum(1).tolist()
+    asked = list(map(len, theirs))
+    tensors = mine, torch.cat(theirs)
+    if ranks.device.type == "cuda":
+        tensors = (tensor.pin_memory() for tensor in tensors)
+    return Exchange(*tensors, counts, asked)
+
+
 def hidden_per_row(row_length: int, share: float) -> int:
     return max(1, round(share * row_length))
 
@@ -921,10 +974,9 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
 
 def train_batches(
     paths: list[Path], args: Hyperparameters, ranks: Ranks, step: int = 0, first_step: int = 0
-) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches of each step from `first_step` on, while the shards last.
-
-    The first shard begins with `step`.
+) -> Iterator[tuple[list[MicroBatch], dict[str, Exchange]]]:
+    """This rank's micro-batches of each step from `first_step` on, while the shards last, and
+    what `plan_exchanges` says of the step. The first shard begins with `step`.
 
     A step is consecutive rows of one shard; the ranks share them out, and the micro-batches share
     out a rank's. The next shard is read while this one is in use.
@@ -941,7 +993,9 @@ def train_batches(
                 share = len(rows) // ranks.world_size
                 mine = rows[ranks.rank * share : (ranks.rank + 1) * share : rows_per_micro_batch]
                 if step >= first_step:
-                    yield [shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine]
+                    parts = [shard.micro_batch(row, share) for row in rows[::share]]
+                    yield ([shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine],
+                           plan_exchanges(parts, args, ranks))
                 step += 1
 
 
@@ -1635,9 +1689,7 @@ class GPT(nn.Module):
         looks_back = args.key_offset or args.bigram_rows or args.learned_positions
         is_first = None
         if looks_back and (memory is None or memory.is_prompt):
-            is_first = inputs_BT.new_zeros(inputs_BT.numel() + 1, dtype=torch.bool)
-            is_first[batch.cu_seqlens.long()] = True
-            is_first = is_first[:-1].view_as(inputs_BT)
+            is_first = first_tokens(batch)
         x = self.embed(inputs_BT)
         if self.position_embed is not None:
             x = x + self.position_embed(memory.position if is_first is None else places(is_first))
@@ -1648,8 +1700,8 @@ class GPT(nn.Module):
         if self.bigram_embed is not None:  # record 62 of the modded-nanogpt speedrun
             token = inputs_BT.long()
             before = memory and memory.before(("token before",), token)
-            pair = 36_313 * token ^ 27_191 * shift(token, is_first, before)
-            x0 = x + self.bigram_embed(pair % args.bigram_rows).to(self.residual_dtype)
+            pairs = hash_pairs(token, is_first, args.bigram_rows, before)
+            x0 = x + self.bigram_embed(pairs).to(self.residual_dtype)
             if not args.embed_shortcut:
                 x = x0
         value_tables = [table(inputs_BT).to(self.dtype) for table in self.value_embeds]
@@ -1668,6 +1720,18 @@ class GPT(nn.Module):
             shares = linear(hidden, self.mixing_down).type_as(x).split(1, dim=-1)
             x = x + sum(share * output for share, output in zip(shares, mixed, strict=True))
         return self.final_norm(x).to(self.dtype)
+
+
+def first_tokens(batch: MicroBatch) -> Tensor:
+    """Whether each token is its sequence's first, (B, T), bool."""
+    is_first = batch.inputs_BT.new_zeros(batch.inputs_BT.numel() + 1, dtype=torch.bool)
+    is_first[batch.cu_seqlens.long()] = True
+    return is_first[:-1].view_as(batch.inputs_BT)
+
+
+def hash_pairs(token_BT: Tensor, is_first_BT: Tensor, num_rows: int, before=None) -> Tensor:
+    """A row for each token and the one before it, as `shift` knows it, (B, T), int64."""
+    return (36_313 * token_BT ^ 27_191 * shift(token_BT, is_first_BT, before)) % num_rows
 
 
 def places(is_first_BT: Tensor) -> Tensor:
@@ -1889,15 +1953,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
     sums the gradients into each rank's share, updates the share, and gathers the shares. With one
     rank the share is everything; the code is the same. Groups are lists of (name, parameter).
 
-    Gradients of `early` groups are handed over one by one, as `sum_early` says.
+    Gradients of `early` groups are handed over one by one, as `sum_early` says. Of a table that is
+    `looked_up` by token or by pair, a rank has only the rows that it owns or was told to `fetch`,
+    and sends only gradients of those; `gather` brings the others.
     """
 
     unit_ndim: int  # dimensions of a unit, unless its group says otherwise
 
     def __init__(self, groups: list[dict], rank: int, world_size: int, **defaults):
-        super().__init__(groups, dict(unit_ndim=self.unit_ndim, early=False) | defaults)
+        super().__init__(groups, dict(unit_ndim=self.unit_ndim, early=False, looked_up="")
+                         | defaults)
         self.rank, self.world_size = rank, world_size
-        self.flats, self.reductions = [], []
+        self.flats: list[Tensor] = []
+        self.reductions: list[Callable[[], Tensor]] = []  # wait for this rank's share of the sum
+        self.exchanges: dict[str, Exchange] = {}
         self.is_first = self.is_last = True  # micro-batch of the step
         self.early_sums: dict[int, tuple[Tensor, list]] = {}  # by group: gradients, what they await
         self.places: dict[str, tuple[int, slice]] = {}  # group and units of parameters
@@ -1920,9 +1989,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return units[0]  # a large table need not be copied
         return torch.cat([*units, units[0].new_zeros(missing, *unit_shape)])
 
-    def share(self, flat: Tensor) -> Tensor:
-        """This rank's units of a flat buffer."""
+    def share(self, flat: Tensor, group: dict) -> Tensor:
+        """This rank's units of a flat buffer; of a table that is looked up, as `Exchange` says."""
+        if group["looked_up"]:
+            return flat[self.rank :: self.world_size]
         return flat.chunk(self.world_size)[self.rank]
+
+    def whole(self, share: Tensor, group: dict) -> Tensor:
+        """The shares of all ranks put together. All ranks have to call it."""
+        if self.world_size == 1:
+            return share
+        whole = share.new_empty(self.world_size * len(share), *share.shape[1:])
+        all_gather(whole, share.contiguous(), self.world_size)()
+        if group["looked_up"]:
+            whole = whole.unflatten(0, (self.world_size, -1)).transpose(0, 1).flatten(0, 1)
+        return whole
 
     def receive(self, name: str, grad: Tensor) -> Tensor:
         """Add a gradient to those of the micro-batches before; returns their sum."""
@@ -1944,28 +2025,75 @@ class ShardedOptimizer(torch.optim.Optimizer):
             works.append(dist.reduce(piece, owner, async_op=True))
 
     @torch.no_grad()
+    def fetch(self, exchanges: dict[str, Exchange]) -> None:
+        """Bring the rows that this step looks up from the ranks that own them."""
+        self.exchanges, arrivals = exchanges, []
+        for group, flat in zip(self.param_groups, self.flats, strict=True):
+            if group["looked_up"] and self.world_size > 1:
+                exchange = exchanges[group["looked_up"]]
+                rows = flat.new_empty(len(exchange.mine), *flat.shape[1:])
+                work = dist.all_to_all_single(rows, self.share(flat, group)[exchange.theirs],
+                                              exchange.counts, exchange.asked, async_op=True)
+                arrivals.append((work, flat, exchange.mine, rows))
+        for work, flat, mine, rows in arrivals:
+            work.wait()
+            flat[mine] = rows
+
+    def gather(self) -> None:
+        """Bring all rows of tables, for other uses than a step."""
+        for group, flat in zip(self.param_groups, self.flats, strict=True):
+            if group["looked_up"] in self.exchanges:
+                flat.copy_(self.whole(self.share(flat, group), group))
+
+    def sum_rows(self, grad_RD: Tensor, exchange: Exchange) -> Callable[[], Tensor]:
+        """Start sending gradients of looked up rows to who owns them."""
+        rows = grad_RD.new_empty(len(exchange.theirs), grad_RD.size(1))
+        work = dist.all_to_all_single(rows, grad_RD[exchange.mine], exchange.asked,
+                                      exchange.counts, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            share = grad_RD[self.rank :: self.world_size]
+            if missing := -(-len(grad_RD) // self.world_size) - len(share):
+                share = torch.cat([share, share.new_zeros(missing, share.size(1))])
+            # Rank by rank, so that a sum never depends on which arrives first.
+            for i, some in zip(exchange.theirs.split(exchange.asked), rows.split(exchange.asked),
+                               strict=True):
+                share.index_add_(0, i, some)
+            return share
+
+        return wait
+
+    @torch.no_grad()
     def reduce(self) -> None:
         """Start summing the gradients over ranks, but for those that are being summed."""
         for i, group in enumerate(self.param_groups):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
                     raise RunError(f"parameter {name} got no gradient: nothing in forward uses it")
+            if exchange := self.exchanges.get(group["looked_up"]):
+                self.reductions.append(self.sum_rows(group["params"][0].grad, exchange))
+                continue
             if i in self.early_sums:
                 grads, works = self.early_sums[i]
-                self.reductions.append((grads, partial(wait_for, works)))
-                continue
-            grads = self.flatten([p.grad for p in group["params"]], group["unit_ndim"])
-            self.reductions.append(
-                (grads, reduce_scatter(grads, self.share(grads), self.world_size)))
+                wait = partial(wait_for, works)
+            else:
+                grads = self.flatten([p.grad for p in group["params"]], group["unit_ndim"])
+                wait = reduce_scatter(grads, self.share(grads, group), self.world_size)
+            self.reductions.append(partial(self.summed, grads, group, wait))
+
+    def summed(self, grads: Tensor, group: dict, wait: Callable) -> Tensor:
+        wait()
+        return self.share(grads, group)
 
     @torch.no_grad()
     def square_norm(self) -> Tensor:
         """Of this rank's share of the gradient, scaled as its groups say; the sum is then there."""
         self.reduce()
-        for _, wait in self.reductions:
-            wait()
-        return sum((self.share(grads) * group["grad_scale"]).square().sum()
-                   for group, (grads, _) in zip(self.param_groups, self.reductions, strict=True))
+        shares = [wait() for wait in self.reductions]
+        self.reductions = [lambda share=share: share for share in shares]
+        return sum((share * group["grad_scale"]).square().sum()
+                   for group, share in zip(self.param_groups, shares, strict=True))
 
     def step(self) -> None:
         step_together([self])
@@ -1974,12 +2102,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def update_shares(self) -> list[Callable[[], None]]:
         """Update this rank's share of each group; returns what waits for those of the others."""
         gathers, reductions, self.reductions = [], self.reductions, []
-        for group, flat, (grads, wait) in zip(
-            self.param_groups, self.flats, reductions, strict=True
-        ):
-            wait()
-            self.update(self.share(flat), self.share(grads), self.state[group["params"][0]], group)
-            gathers.append(all_gather(flat, self.share(flat), self.world_size))
+        for group, flat, wait in zip(self.param_groups, self.flats, reductions, strict=True):
+            share, state = self.share(flat, group), self.state[group["params"][0]]
+            self.update(share, wait(), state, group)
+            if not group["looked_up"]:
+                gathers.append(all_gather(flat, share, self.world_size))
         return gathers
 
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
@@ -1995,10 +2122,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             for name, value in self.state[group["params"][0]].items():
                 if isinstance(value, Tensor) and self.world_size > 1:
-                    shares = value.new_empty(self.world_size * len(value), *value.shape[1:])
-                    all_gather(shares, value, self.world_size)()
                     # A GPU may have no room for all of them.
-                    value = shares[: self.num_units(i)].cpu()
+                    value = self.whole(value, group)[: self.num_units(i)].cpu()
                 whole[f"{type(self).__name__}.{i}.{name}"] = torch.as_tensor(value)
         return whole
 
@@ -2012,7 +2137,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     if len(value) != (units := self.num_units(int(i))):
                         raise ValueError(f"{key} is of {len(value)} units instead of {units}")
                     flat_value = self.flatten([value], group["unit_ndim"])
-                    value = self.share(flat_value).to(flat.device, copy=True)
+                    value = self.share(flat_value, group).to(flat.device, copy=True)
                 self.state[group["params"][0]][name] = value if value.ndim else value.item()
 
 
@@ -2138,21 +2263,21 @@ def muon_update(
 class Adam(ShardedOptimizer):
     """AdamW (Loshchilov and Hutter 2019), the same numbers as torch.optim.AdamW.
 
-    In a group whose units are rows, a row has one second moment, the running mean square of its
-    gradients, as in the Adagrad of Mudigere et al. 2021, and first moments are bfloat16: less than
-    two thirds of the memory to read and write.
+    In a group with `row_moments`, whose units are rows, a row has one second moment, the running
+    mean square of its gradients, as in the Adagrad of Mudigere et al. 2021, and first moments are
+    bfloat16: less than two thirds of the memory to read and write.
     """
 
     unit_ndim = 0
 
     def __init__(self, groups: list[dict], rank: int, world_size: int, fuse: bool, **defaults):
-        super().__init__(groups, rank, world_size, **defaults)
+        super().__init__(groups, rank, world_size, **dict(row_moments=False) | defaults)
         self.kernel = torch.compile(adam_update, dynamic=False) if fuse else adam_update
 
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         if not state:
             state["step"] = 0
-            by_row = group["unit_ndim"] == 1
+            by_row = group["row_moments"]
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16 if by_row else p.dtype)
             state["exp_avg_sq"] = p.new_zeros(len(p), 1) if by_row else torch.zeros_like(p)
         state["step"] += 1
@@ -2203,7 +2328,9 @@ def build_optimizers(
         groups, key, units = adam_groups, kind, {}
         if kind in ("embed", "bigram", "head"):
             key = name  # a group of its own, so that nothing large is copied
-            units = dict(unit_ndim=1) if args.row_moments and kind != "head" else {}
+            if kind != "head":
+                units = dict(unit_ndim=1, row_moments=args.row_moments, looked_up=(
+                    "pair" if kind == "bigram" else "" if "position" in name else "token"))
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
         # A head that goes its own way later has two gradients to add up.
@@ -2999,9 +3126,12 @@ def restore(
         raise CollectiveError(f"{checkpoint.folder} is past --train_steps "
                               f"{progress.args.train_steps}")
     kinds = {key.split(".")[0] for key in checkpoint.optimizer}
-    if kinds != {type(optimizer).__name__ for optimizer in optimizers}:
-        raise CollectiveError(f"{checkpoint.folder} has the state of {', '.join(sorted(kinds))}; "
-                              f"the run cannot go on with another --optimizer")
+    by_row = saved_hyperparameters(state).get("row_moments", False)
+    if (kinds != {type(optimizer).__name__ for optimizer in optimizers}
+            or by_row != progress.args.row_moments):
+        raise CollectiveError(f"{checkpoint.folder} has the state of {', '.join(sorted(kinds))}, "
+                              f"with row_moments {by_row}; the run cannot go on with another "
+                              f"--optimizer or --row_moments")
     try:
         model.load_state_dict(checkpoint.model)
         for optimizer in optimizers:
@@ -3339,9 +3469,16 @@ def borrowed(tensor: Tensor) -> Tensor:
 def train_step(
     model: Callable, optimizers: list[ShardedOptimizer], batches: list[MicroBatch], step: int,
     args: Hyperparameters, ranks: Ranks, recorded: Recorded | None = None,
+    exchanges: dict[str, Exchange] | None = None,
 ) -> Tensor:
-    """One optimizer step; returns the mean loss of the batch over all ranks, on the device."""
+    """One optimizer step; returns the mean loss of the batch over all ranks, on the device.
+
+    Several ranks need the `exchanges` that `train_batches` gives with the micro-batches.
+    """
     set_schedules(optimizers, step, args)
+    exchanges = {kind: some.to(ranks.device) for kind, some in (exchanges or {}).items()}
+    for optimizer in optimizers:
+        optimizer.fetch(exchanges)
     windows = attention_windows(step, args)
     ahead_K = torch.tensor(ahead_weights(step, args), pin_memory=ranks.device.type == "cuda")
     ahead_K = ahead_K.to(ranks.device, non_blocking=True)
@@ -3398,7 +3535,9 @@ def warm_up(
             with torch.no_grad(), memory_advice(args, "val_batch_size"):
                 compiled(val_batch.to(ranks.device), attention_windows(step, args))
             micro_batches = [train_batch] * args.grad_accum_steps(step, ranks.world_size)
-            train_step(compiled, optimizers, micro_batches, step, args, ranks)
+            exchanges = plan_exchanges([train_batch] * ranks.world_size, args, ranks)
+            train_step(compiled, optimizers, micro_batches, step, args, ranks,
+                       exchanges=exchanges)
             if reserve and step == 0:
                 tensors = tensors_to_save(model, optimizers)
                 if ranks.rank == 0:  # which saves for all
@@ -3507,6 +3646,8 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
             if validates or samples or saves or is_stopped:
                 progress.finish_step()
                 clock.stop()
+                for optimizer in optimizers:
+                    optimizer.gather()
                 windows, is_early = attention_windows(step, args), False
                 if validates and not progress.has_validated(step):
                     progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
@@ -3522,7 +3663,9 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
                 if is_last or is_stopped or is_early:
                     break
                 clock.start()
-            loss = train_step(compiled, optimizers, next(batches), step, args, ranks, recorded)
+            micro_batches, exchanges = next(batches)
+            loss = train_step(compiled, optimizers, micro_batches, step, args, ranks, recorded,
+                              exchanges)
             progress.queued(stop.add_votes(loss, ranks))
             checkpoints.look()
     if is_last or not is_stopped:

@@ -173,8 +173,8 @@ def build(args: Hyperparameters) -> Trainer:
         train_gpt.warm_up(model, compiled, optimizers, args, ranks)
     for optimizer in optimizers:
         named = torch.profiler.record_function(f"{RANGE}{type(optimizer).__name__}")
-        optimizer.reduce, optimizer.update_shares = map(
-            named, (optimizer.reduce, optimizer.update_shares))
+        optimizer.fetch, optimizer.reduce, optimizer.update_shares = map(
+            named, (optimizer.fetch, optimizer.reduce, optimizer.update_shares))
     return Trainer(args, ranks, [f"attention {name}", *notes], model, compiled, optimizers)
 
 
@@ -204,15 +204,19 @@ def made_up_batch(args: Hyperparameters) -> MicroBatch:
 
 def stage_batches(
     args: Hyperparameters, ranks: Ranks, size: int, count: int
-) -> tuple[list[list[MicroBatch]], str]:
-    """The micro-batches of `count` steps of `size` tokens, and what they hold, for a person."""
+) -> tuple[list[tuple[list[MicroBatch], dict]], str]:
+    """The micro-batches and exchanges of `count` steps of `size` tokens, and what they hold, for a
+    person.
+    """
     shards, _ = train_gpt.find_shards(train_gpt.data_folder(args))
     stage = dataclasses.replace(args, batch_size=size, batch_stages="")
     real = list(islice(train_gpt.train_batches(shards[:1], stage, ranks), count) if shards else ())
     if real:
         return [real[i % len(real)] for i in range(count)], f"documents of {shards[0].name}"
-    batch = made_up_batch(args).to(ranks.device)
-    return ([[batch] * (size // args.device_batch_size)] * count,
+    batch = made_up_batch(args)
+    exchanges = train_gpt.plan_exchanges([batch] * ranks.world_size, args, ranks)
+    micro_batches = [batch.to(ranks.device)] * (size // args.device_batch_size // ranks.world_size)
+    return ([(micro_batches, exchanges)] * count,
             f"random tokens for want of shards in {args.data_path}")
 
 
@@ -263,16 +267,17 @@ def profile_stage(
     on_gpu, windows = device.type == "cuda", train_gpt.attention_windows(step, args)
     batches, data = stage_batches(args, trainer.ranks, size, UNTIMED + own.steps + 2 + PROFILED)
     yield (f"## {size:,} tokens per step\n\nStep {step} of {args.train_steps:,}; windows of "
-           f"{windows[0]} and {windows[1]} tokens; micro-batches: {len(batches[0])}; {data}.")
+           f"{windows[0]} and {windows[1]} tokens; micro-batches: {len(batches[0][0])}; {data}.")
 
     recorded = None
     if args.cuda_graphs:
-        most = max(len(batch.cu_seqlens) - 1 for some in batches for batch in some)
+        most = max(len(batch.cu_seqlens) - 1 for some, _ in batches for batch in some)
         recorded = train_gpt.Recorded(trainer.compiled, trainer.optimizers, args, device, most)
 
-    def run_step(step_batches, recorded=recorded):
-        train_gpt.train_step(trainer.compiled, trainer.optimizers, step_batches, step, args,
-                             trainer.ranks, recorded)
+    def run_step(batch, recorded=recorded):
+        micro_batches, exchanges = batch
+        train_gpt.train_step(trainer.compiled, trainer.optimizers, micro_batches, step, args,
+                             trainer.ranks, recorded, exchanges)
 
     if on_gpu:
         torch.cuda.empty_cache()  # what was reserved for the warm-up is not this stage's
@@ -296,7 +301,7 @@ def profile_stage(
     sampled = args.sampled_vocab if args.samples_vocabulary else 0
     head = (sampled or args.vocab_size) * args.model_dim
     blocks = model.matrix_weights
-    attention = [attention_flops(model, some, windows) for some in profiled[-PROFILED:]]
+    attention = [attention_flops(model, some, windows) for some, _ in profiled[-PROFILED:]]
     share = size / trainer.ranks.world_size
     flops = {BLOCKS: 6 * blocks * share, HEAD: 6 * head * share,
              step_trace.ATTENTION: statistics.fmean(attention)}

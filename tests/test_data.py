@@ -261,7 +261,7 @@ def two_shards(tmp_path):
 def steps_of(paths, args, rank=0, world_size=1):
     """Per step the sequences that one rank trains on, its micro-batches in a row."""
     batches = train_batches(paths, args, Ranks(rank, world_size, CPU))
-    return [[s for batch in step for s in sequences_of(batch)] for step in batches]
+    return [[s for batch in step for s in sequences_of(batch)] for step, _ in batches]
 
 
 @pytest.mark.parametrize("masking", [True, False])
@@ -287,7 +287,7 @@ def test_ranks_share_a_step_out_whatever_their_number_and_micro_batch(
     whole = steps_of(two_shards, data_args(device_batch_size=256))
     ranks = [steps_of(two_shards, args, rank, world_size) for rank in range(world_size)]
     assert [sum(shares, []) for shares in zip(*ranks, strict=True)] == whole
-    for step in train_batches(two_shards, args, Ranks(0, world_size, CPU)):
+    for step, _ in train_batches(two_shards, args, Ranks(0, world_size, CPU)):
         assert len(step) == 256 // device_batch_size // world_size
         assert all(batch.inputs_BT.numel() == device_batch_size for batch in step)
 
@@ -306,7 +306,7 @@ def test_stages_have_steps_of_their_sizes_of_the_same_stream(two_shards, world_s
     ranks = [steps_of(two_shards, args, rank, world_size) for rank in range(world_size)]
     assert [sum(shares, []) for shares in zip(*ranks, strict=True)] == expected
     sizes = [[batch.inputs_BT.numel() for batch in step]
-             for step, _ in zip(train_batches(two_shards, args, Ranks(0, world_size, CPU)),
+             for (step, _), _ in zip(train_batches(two_shards, args, Ranks(0, world_size, CPU)),
                                 range(9), strict=False)]
     assert sizes[:3] == [[64] * (2 // world_size)] * 3
     assert sizes[3:6] == [[64] * (4 // world_size)] * 3
@@ -438,8 +438,8 @@ def test_the_plan_knows_the_most_sequences_of_a_micro_batch(folder, settings, wo
     args = dataclasses.replace(args, train_steps=steps)
     train, _ = plan_data(args)
     counts = [len(batch.cu_seqlens) - 1 for rank in range(world_size)
-              for batches in train_batches([shard.path for shard in train], args,
-                                           Ranks(rank, world_size, CPU))
+              for batches, _ in train_batches([shard.path for shard in train], args,
+                                              Ranks(rank, world_size, CPU))
               for batch in batches]
     most = max(shard.most_sequences for shard in train)
     # The last rows of a shard may make no step.

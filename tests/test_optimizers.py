@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    CPU,
     ONE_RANK,
     build,
     random_batch,
@@ -20,6 +21,7 @@ from train_gpt import (
     GPT,
     Adam,
     Muon,
+    Ranks,
     RunError,
     build_optimizers,
     train_batches,
@@ -127,7 +129,7 @@ def test_adam_equals_torchs_adamw(betas, eps):
 def test_in_a_group_of_rows_adam_divides_a_row_by_its_root_mean_square():
     ours = parameters((7, 5), (2, 5))
     expected = torch.cat([p.detach().clone() for p in ours])
-    adam = Adam([dict(params=named(ours), lr=0.1, unit_ndim=1)], 0, 1, fuse=False,
+    adam = Adam([dict(params=named(ours), lr=0.1, unit_ndim=1, row_moments=True)], 0, 1, fuse=False,
                 betas=(0.5, 0.75), eps=1e-10, weight_decay=0.1)
     first, second = torch.zeros(9, 5), torch.zeros(9, 1)
     for step in range(1, 5):
@@ -240,7 +242,7 @@ def test_every_parameter_is_in_one_group_with_the_learning_rate_of_its_kind(opti
 def test_only_embedding_tables_have_moments_of_rows():
     args = tiny_args(row_moments=True, bigram_rows=97, value_embeddings=1, output_mixing=True)
     rows = {name for name, (_, group) in groups_of(build(args), args).items()
-            if group["unit_ndim"] == 1}
+            if group.get("row_moments")}
     assert rows == {"embed.weight", "bigram_embed.weight", "value_embeds.0.weight"}
 
 
@@ -313,10 +315,12 @@ def train_steps(ranks, args, shard):
     optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
     train_gpt.sum_early(model, optimizers)
     losses = [
-        train_step(model, optimizers, batches, step, args, ranks)
-        for step, batches in enumerate(train_batches([shard], args, ranks))
+        train_step(model, optimizers, batches, step, args, ranks, exchanges=exchanges)
+        for step, (batches, exchanges) in enumerate(train_batches([shard], args, ranks))
     ]
     assert len(losses) == args.train_steps
+    for optimizer in optimizers:
+        optimizer.gather()
     return torch.stack(losses), {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -355,6 +359,63 @@ def test_ranks_train_as_one(shard, on_one_rank, tmp_path, world_size):
                 assert torch.equal(weight, same[1][name]), f"ranks differ in {name}"
 
 
+@pytest.mark.parametrize("num_rows", [10, 12])
+def test_what_ranks_ask_for_is_what_its_owners_are_asked_for(num_rows):
+    looked_up = [torch.tensor(rows) for rows in ([[7, 0], [7, 3]], [[9, 8], [4, 7]], [[2, 2]])]
+    plans = [train_gpt.plan_exchange(num_rows, looked_up, Ranks(rank, 3, CPU)) for rank in range(3)]
+    asked = [plan.theirs.split(plan.asked) for plan in plans]
+    for rank, plan in enumerate(plans):
+        found = plan.mine.split(plan.counts)
+        for owner in range(3):
+            used = sorted({row for row in looked_up[rank].flatten().tolist() if row % 3 == owner})
+            expected = [] if owner == rank else used
+            assert found[owner].tolist() == expected
+            assert [3 * i + owner for i in asked[owner][rank].tolist()] == expected
+
+
+def what_a_step_sends(ranks, shard):
+    """The exchanges of a step (rows received, rows sent, width), the numbers of weights that it
+    gathers, and this rank's tokens.
+    """
+    args = training_args(bigram_rows=997, value_embeddings=1, num_heads=1, num_kv_heads=1,
+                         attention_dim=24, batch_size=128, device_batch_size=64, train_steps=2)
+    model = build(args)
+    optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
+    exchanged, gathered = [], []
+    exchange, gather = torch.distributed.all_to_all_single, train_gpt.all_gather
+
+    def noted_exchange(output, input, *arguments, **options):
+        exchanged.append([len(output), len(input), output.size(1)])
+        return exchange(output, input, *arguments, **options)
+
+    def noted_gather(whole, *arguments):
+        gathered.append(whole.numel())
+        return gather(whole, *arguments)
+
+    torch.distributed.all_to_all_single, train_gpt.all_gather = noted_exchange, noted_gather
+    batches, exchanges = next(train_batches([shard], args, ranks))
+    train_step(model, optimizers, batches, 0, args, ranks, exchanges=exchanges)
+    return torch.tensor(exchanged), gathered, batches[0].inputs_BT.flatten()
+
+
+def test_of_tables_a_step_sends_only_the_rows_that_it_looks_up(shard, tmp_path):
+    results = run_ranks(what_a_step_sends, 2, tmp_path / "ranks", shard)
+    wanted = []
+    for rank, (_, _, tokens) in enumerate(results):
+        before = torch.cat([tokens[:1], tokens[:-1]])
+        pairs = (36_313 * tokens.long() ^ 27_191 * before.long()) % 997
+        wanted.append([len(set(rows[rows % 2 != rank].tolist())) for rows in (tokens, pairs)])
+    assert wanted[0] != wanted[1]
+    for rank, (exchanged, gathered, _) in enumerate(results):
+        (tokens, pairs), (tokens_sent, pairs_sent) = wanted[rank], wanted[1 - rank]
+        fetched = [[tokens, tokens_sent, 20], [tokens, tokens_sent, 24], [pairs, pairs_sent, 20]]
+        summed = [[sent, received, width] for received, sent, width in fetched]
+        assert sorted(exchanged[:3].tolist()) == sorted(fetched)
+        assert sorted(exchanged[3:].tolist()) == sorted(summed)
+        # The head is as large as the embedding, and smaller than the other tables.
+        assert max(gathered) == 253 * 20 and gathered.count(253 * 20) == 1
+
+
 def what_happens_in_a_step(ranks, shard, is_compiled):
     """Sums over ranks that start, by size, and gradients of the embedding that become known."""
     args = training_args(optimizer="muon", device_batch_size=128)
@@ -370,9 +431,9 @@ def what_happens_in_a_step(ranks, shard, is_compiled):
     torch.distributed.reduce = reduce
     model.embed.weight.register_hook(lambda grad: events.append("embedding"))
     train_gpt.sum_early(model, optimizers)
-    batches = next(train_batches([shard], args, ranks))
+    batches, exchanges = next(train_batches([shard], args, ranks))
     loss = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
-    train_step(loss, optimizers, batches, 0, args, ranks)
+    train_step(loss, optimizers, batches, 0, args, ranks, exchanges=exchanges)
     return events
 
 
@@ -455,6 +516,9 @@ def test_a_step_reports_the_mean_loss_and_takes_the_gradient_of_it():
 
     class Recorder:
         param_groups, reductions = [dict(initial_lr=1.0)], []
+
+        def fetch(self, exchanges):
+            pass
 
         def reduce(self):
             scale = self.param_groups[0]["grad_scale"]

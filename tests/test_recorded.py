@@ -79,7 +79,7 @@ def train(args, train_shards, recorded: bool):
         recorder.record_all(1)
     batches = train_batches([shard.path for shard in train_shards], args, ONE_RANK)
     losses = [train_step(model, optimizers, some, step, args, ONE_RANK, recorder)
-              for step, some in enumerate(batches)]
+              for step, (some, _) in enumerate(batches)]
     return torch.stack(losses), model
 
 

@@ -519,9 +519,9 @@ def test_the_clock_counts_steps_and_neither_validation_nor_warm_up(tmp_path):
     now = [0.0]
 
     def taking(seconds, function):
-        def slow(*args):
+        def slow(*args, **options):
             now[0] += seconds
-            return function(*args)
+            return function(*args, **options)
 
         return slow
 
