@@ -1175,8 +1175,8 @@ def switch_off(args: Hyperparameters, device: torch.device) -> tuple[Hyperparame
                                      "instead, and slower")
     if device.type != "cuda" or not args.kernel_warmup:
         missing["cuda_graphs"] = "they take a GPU, and --kernel_warmup; kernels one by one instead"
-    if args.bias or args.norm_gain:
-        reason = "it wants a bound, which --bias and --norm_gain leave open; 16 bits instead"
+    if args.bias:
+        reason = "it wants a bound, which --bias leaves open; 16 bits instead"
         missing |= {"fp8_blocks": reason} | ({"fp8_head": reason} if args.norm_gain else {})
     missing = {name: reason for name, reason in missing.items() if getattr(args, name)}
     notes = [f"--{name} is off here: {reason}" for name, reason in missing.items()]
@@ -1194,6 +1194,7 @@ class Norm(nn.Module):
     def __init__(self, args: Hyperparameters):
         super().__init__()
         self.eps, self.kind, self.gain, self.bias = args.norm_eps, args.block_norm, None, None
+        self.largest = args.model_dim**0.5  # number of a normalised vector
         if args.norm_gain:
             self.gain = nn.Parameter(torch.empty(args.model_dim))
             if args.bias and self.kind == "layernorm":
@@ -1204,6 +1205,12 @@ class Norm(nn.Module):
         if self.kind == "layernorm":
             return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps)
         return norm(x, self.eps, gain)
+
+    def bound(self) -> float | Tensor:
+        """The largest number that comes out, without a bias."""
+        if self.gain is None:
+            return self.largest
+        return self.largest * self.gain.detach().abs().amax()
 
 
 class Float8(NamedTuple):
@@ -1465,10 +1472,11 @@ class CausalSelfAttention(nn.Module):
             self.gate = nn.Parameter(torch.empty(args.num_heads, min(12, args.model_dim)))
 
     def forward(
-        self, x_BTD, rotary, batch, window, value_embedding_BTD, is_first_BT, memory=None
+        self, x_BTD, bound, rotary, batch, window, value_embedding_BTD, is_first_BT, memory=None
     ) -> Tensor:
+        """`bound`: the largest that |x| can be."""
         B, T, D = x_BTD.shape
-        qkv = linear(x_BTD, self.qkv.flatten(0, 1), D**0.5 if self.fp8 else None, self.qkv_bias)
+        qkv = linear(x_BTD, self.qkv.flatten(0, 1), bound if self.fp8 else None, self.qkv_bias)
         qkv = qkv.view(B, T, len(self.qkv), self.kv_heads, -1)
         q, k, v = qkv.split([len(self.qkv) - 2, 1, 1], dim=2)
         q, k, v = q.transpose(2, 3).flatten(2, 3), k.squeeze(2), v.squeeze(2)
@@ -1512,18 +1520,18 @@ class MLP(nn.Module):
             self.up_bias = nn.Parameter(torch.empty(self.up[..., 0].numel()))
             self.projection_bias = nn.Parameter(torch.empty(args.model_dim))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        bound = bound_y = None
+    def forward(self, x_BTD: Tensor, bound) -> Tensor:
+        """`bound`: the largest that |x| can be; and no product with a row of weights is larger
+        than that times the row's length, because x is normalised.
+        """
+        bound_y = None
         if self.fp8:
-            # No number of a normalised vector is larger than the root of its length, and none of
-            # its product with rows of weights larger than that root times the longest row.
-            bound = x_BTD.size(-1) ** 0.5
             bound_y = bound * self.up.detach().norm(dim=-1).amax()
             bound_y = bound_y if self.activation in ("relu", "gelu", "silu") else bound_y**2
         if self.fp8_gradients:
             x_ND = x_BTD.flatten(0, -2)
             return Float8MLP.apply(x_ND, self.up, self.projection, bound, bound_y).view_as(x_BTD)
-        h = linear(x_BTD, self.up.flatten(0, -2), bound, self.up_bias)
+        h = linear(x_BTD, self.up.flatten(0, -2), bound if self.fp8 else None, self.up_bias)
         return linear(activate(h, self.activation), self.projection, bound_y, self.projection_bias)
 
 
@@ -1554,9 +1562,11 @@ class Block(nn.Module):
         if self.residual_lambdas is not None:
             x = self.residual_lambdas[0] * x + self.residual_lambdas[1] * x0_BTD
         y = self.attn_norm(x).to(self.dtype)
-        y = self.attn(y, rotary, batch, window, value_embedding_BTD, is_first_BT, memory)
+        y = self.attn(y, self.attn_norm.bound(), rotary, batch, window, value_embedding_BTD,
+                      is_first_BT, memory)
         x = x + self.attn_scale * y.type_as(x)
-        return x + self.mlp(self.mlp_norm(x).to(self.dtype)).type_as(x)
+        y = self.mlp(self.mlp_norm(x).to(self.dtype), self.mlp_norm.bound())
+        return x + y.type_as(x)
 
 
 class GPT(nn.Module):
@@ -1656,7 +1666,7 @@ class GPT(nn.Module):
         head = self.head_weight if self.hand_over is None else self.hand_over(
             "head", self.head_weight)
         return linear_cross_entropy(x_BTD.flatten(0, 1), head, targets_NK, ahead_K,
-                                    self.logit_bias, self.args)
+                                    self.logit_bias, self.args, self.final_norm.bound())
 
     def run_block(self, i: int, *inputs) -> Tensor:
         if self.hand_over is None:
@@ -1748,18 +1758,19 @@ def next_tokens(targets_BT: Tensor, count: int) -> Tensor:
 
 
 def linear_cross_entropy(
-    x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args: Hyperparameters
+    x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args: Hyperparameters, bound
 ) -> Tensor:
     """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
 
     `offsets_V`, if not None, are added to the (capped) logits. The sum is that of the first of K
     targets, while the gradient is that of all of them, each times its weight in `ahead_K`. In
-    training, a target of -1 counts for nothing; with `fp8_head`, x has to be RMS-normalised.
+    training, a target of -1 counts for nothing; with `fp8_head`, |x| is at most `bound`.
     Validation, which is what runs without gradients, does without 8-bit floats, and compares with
     the whole vocabulary.
     """
     if torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args)
+        return LinearCrossEntropy.apply(x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args,
+                                        bound)
     weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     for x, targets in split(args.loss_chunk_size, x_ND, targets_NK[:, :1]):
@@ -1815,7 +1826,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     micro-batch, the largest tensor of the run by far, never exist."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args):
+    def forward(ctx, x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args, bound):
         fp8, dtype = args.fp8_head, x_ND.dtype
         # Capped logits have gradients between -2 and 2; times 2^14, few are too small for 8 bits.
         scale, grad_dtype = (2.0**14, torch.float8_e5m2) if fp8 else (1.0, dtype)
@@ -1838,7 +1849,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 weight = pad_vocabulary(weight_VD[tokens].to(dtype))
                 weight = float8(weight) if fp8 else weight
                 weight_T = weight.T
-            x = float8(x, x.size(-1) ** 0.5) if fp8 else x
+            x = float8(x, bound) if fp8 else x
             losses, grad = losses_and_gradients(
                 product(x, weight, dtype), targets, ahead_K, offsets, size, args.logit_softcap,
                 scale, grad_dtype)
@@ -1854,7 +1865,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
         grad_x = (grad_loss * grad_x).type_as(grad_x)
-        return grad_x, grad_loss * grad_weight, None, None, None, None
+        return grad_x, grad_loss * grad_weight, None, None, None, None, None
 
 
 def cross_entropy(

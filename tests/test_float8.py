@@ -5,7 +5,7 @@ import torch
 from conftest import random_batch, tiny_args, wake_up
 
 import train_gpt
-from train_gpt import MLP, Float8, float8, float8_gradient, linear, norm, product
+from train_gpt import MLP, Float8, Norm, float8, float8_gradient, linear, norm, product
 
 
 def value(x: Float8) -> torch.Tensor:
@@ -108,9 +108,9 @@ def test_the_bounds_in_an_mlp_hold_and_are_reached_in_the_worst_case(
         mlp.up[3] *= 3
         x = torch.stack([D**0.5 * mlp.up[3] / mlp.up[3].norm(), D**0.5 * torch.eye(D)[5]])
         monkeypatch.setattr(train_gpt, "float8", watched)
-        got = mlp(x[None])
+        got = mlp(x[None], D**0.5)
         mlp.fp8 = False
-        expected = mlp(x[None])
+        expected = mlp(x[None], D**0.5)
     # GELU and SiLU let small numbers through by half.
     is_half = size < 0.01 and activation in ("gelu", "silu")
     assert seen[0] == pytest.approx(1)
@@ -136,7 +136,7 @@ def test_the_bounds_in_a_gated_mlp_hold_in_the_worst_case(activation, monkeypatc
         mlp.up[1, 3] = mlp.up[0, 3]  # the longest row is gated by itself
         monkeypatch.setattr(train_gpt, "float8", watched)
         longest = D**0.5 * mlp.up[0, 3] / mlp.up[0, 3].norm()
-        mlp(torch.stack([longest, D**0.5 * torch.eye(D)[5]])[None])
+        mlp(torch.stack([longest, D**0.5 * torch.eye(D)[5]])[None], D**0.5)
     assert seen == [pytest.approx(1), pytest.approx(1, rel=0.1)]
 
 
@@ -148,7 +148,7 @@ def test_an_mlp_in_8_bits_and_all_of_its_gradients_come_near_the_exact_ones():
         for p in mlp.parameters():
             p.data.normal_(std=0.2)
         x, grad = norm(torch.randn(2, 80, 32), 1e-6).requires_grad_(), torch.randn(2, 80, 32) / 100
-        y = mlp(x)
+        y = mlp(x, 32**0.5)
         found.append([y.detach(), *torch.autograd.grad(y, (x, mlp.up, mlp.projection), grad)])
     exact, short, shortest = found
     for other, expected in zip(shortest, exact, strict=True):
@@ -164,8 +164,8 @@ def test_weight_gradients_of_an_mlp_in_8_bits_are_not_rounded_to_16():
     mlp = MLP(tiny_args(fp8_blocks=True, fp8_gradients=True))
     for p in mlp.parameters():
         p.data.normal_(std=0.2)
-    x = norm(torch.randn(2, 80, 32), 1e-6).bfloat16()
-    for found in torch.autograd.grad(mlp(x), mlp.parameters(), torch.randn(2, 80, 32).bfloat16()):
+    x, grad = norm(torch.randn(2, 80, 32), 1e-6).bfloat16(), torch.randn(2, 80, 32).bfloat16()
+    for found in torch.autograd.grad(mlp(x, 32**0.5), mlp.parameters(), grad):
         assert found.dtype == torch.float32
         assert (found != found.bfloat16()).float().mean() > 0.5
 
@@ -174,6 +174,32 @@ def test_the_transpose_that_is_there_already_is_used():
     x = float8(torch.randn(3, 5))
     other = Float8(x.values, x.scale, x.T.values)
     assert other.T.values is other.transposed and other.T.T.values is x.values
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_no_number_of_a_norm_is_above_its_bound(kind):
+    some = Norm(tiny_args(block_norm=kind, norm_gain=True, model_dim=64))
+    with torch.no_grad():
+        some.gain.uniform_(-3, 3)
+        largest = some(1e6 * torch.eye(64)).abs().max()
+    assert 0.98 * some.bound() < largest <= some.bound()
+
+
+def test_a_gain_on_the_norms_is_in_the_bounds():
+    losses = []
+    for on in (False, True):
+        torch.manual_seed(1)
+        model = wake_up(train_gpt.GPT(tiny_args(
+            norm_gain=True, fp8_head=on, fp8_blocks=on, fp8_gradients=on, logit_softcap=0)))
+        with torch.no_grad():
+            for block in model.blocks:
+                for some in (block.attn_norm, block.mlp_norm, model.final_norm):
+                    some.gain.fill_(6)
+        loss = model(random_batch(model.args), (64, 128))
+        loss.backward()
+        losses.append([loss.detach(), model.blocks[0].mlp.up.grad])
+    for got, expected, most in zip(losses[1], losses[0], (0.02, 0.3), strict=True):
+        assert 0 < relative_error(got, expected) < most
 
 
 def test_validation_does_without_8_bits():

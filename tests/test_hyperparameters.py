@@ -307,12 +307,13 @@ def test_without_a_warm_up_there_are_no_cuda_graphs(monkeypatch):
     assert [note.split(":")[0] for note in notes] == ["--cuda_graphs is off here"]
 
 
-@pytest.mark.parametrize("switch, off", [
-    ("bias", ["fp8_blocks"]), ("norm_gain", ["fp8_head", "fp8_blocks"])])
-def test_what_leaves_no_bound_switches_8_bit_floats_off(monkeypatch, switch, off):
+@pytest.mark.parametrize("switches, off", [
+    (["--norm_gain"], []), (["--bias"], ["fp8_blocks"]),
+    (["--bias", "--norm_gain"], ["fp8_head", "fp8_blocks"])])
+def test_what_leaves_no_bound_switches_8_bit_floats_off(monkeypatch, switches, off):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    args = parse_hyperparameters(["--track", "single-gpu", "--recipe", "record", f"--{switch}"])
+    args = parse_hyperparameters(["--track", "single-gpu", "--recipe", "record", *switches])
     changed, notes = train_gpt.switch_off(args, torch.device("cuda"))
     assert changed == dataclasses.replace(args, **dict.fromkeys(off, False))
     assert len(notes) == len(off) and all("bound" in note for note in notes)

@@ -130,7 +130,7 @@ def test_a_whole_head_equals_the_plain_head_forward_and_backward(fp8_head):
         x = train_gpt.norm(x, 1e-6)
         x = (x.bfloat16() if DEVICE == "cuda" else x).requires_grad_()
         weight.requires_grad_()
-        loss = train_gpt.linear_cross_entropy(x, weight, targets, ahead, None, args)
+        loss = train_gpt.linear_cross_entropy(x, weight, targets, ahead, None, args, 16.0)
         found.append([loss.detach(), *torch.autograd.grad(loss / 7, (x, weight))])
     for plain, fused in zip(*found, strict=True):
         assert relative_error(fused, plain) < TOLERANCE

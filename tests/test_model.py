@@ -337,7 +337,7 @@ def test_with_hidden_tokens_a_position_sees_both_sides_within_its_document(windo
 
 def our_cross_entropy(x, weight, targets, softcap, chunk_size, offsets=None, **switches):
     args = tiny_args(logit_softcap=softcap, loss_chunk_size=chunk_size, **switches)
-    return linear_cross_entropy(x, weight, targets[:, None], torch.ones(1), offsets, args)
+    return linear_cross_entropy(x, weight, targets[:, None], torch.ones(1), offsets, args, 16.0)
 
 
 def sample(targets, log_weights, size):
@@ -464,7 +464,7 @@ def test_each_chunk_loses_the_cross_entropy_over_a_sample_of_its_own(biased, sof
     args = tiny_args(logit_softcap=softcap, loss_chunk_size=chunk_size, vocab_size=91,
                      sampled_vocab=60)
     with torch.random.fork_rng():
-        loss = linear_cross_entropy(x, weight, targets, ahead, bias, args)
+        loss = linear_cross_entropy(x, weight, targets, ahead, bias, args, 16.0)
     losses, log_weights = [0.0, 0.0], bias if biased else torch.zeros(91)
     chunks = targets.unflatten(0, (-1, min(chunk_size, 40)))
     drawn = sample_vocabulary(chunks, log_weights, 60)  # the same as above
@@ -506,7 +506,8 @@ def test_the_gradient_is_that_of_all_tokens_ahead_and_the_loss_that_of_the_next(
                               reduction="sum") for k in range(3)]
     expected = sum(w * loss for w, loss in zip(ahead, losses, strict=True))
     args = tiny_args(logit_softcap=softcap, loss_chunk_size=chunk_size)
-    loss = linear_cross_entropy(x, weight, train_gpt.next_tokens(targets, 3), ahead, None, args)
+    loss = linear_cross_entropy(x, weight, train_gpt.next_tokens(targets, 3), ahead, None, args,
+                                16.0)
     torch.testing.assert_close(loss, losses[0])
     for got, wanted in zip(*(torch.autograd.grad(y, (x, weight)) for y in (loss, expected)),
                            strict=True):
@@ -778,7 +779,7 @@ def test_a_softcap_of_each_kind_has_its_own_curve_and_gradient(kind, expected):
     args = tiny_args(logit_softcap=4.0, softcap_kind=kind)
     x, weight = torch.randn(6, 5), torch.randn(9, 5)
     with torch.no_grad():  # as validation and generation see it
-        total = linear_cross_entropy(x, weight, targets, ahead, None, args)
+        total = linear_cross_entropy(x, weight, targets, ahead, None, args, 16.0)
     torch.testing.assert_close(
         total, F.cross_entropy(expected(x @ weight.T), targets[:, 0], reduction="sum"))
 
