@@ -189,16 +189,31 @@ def test_a_replayed_token_has_the_logits_of_one_that_is_computed_anew():
     assert (logits.amax(1, keepdim=True) - chosen).max() < 0.05  # 16 bits round
 
 
+OPTIONS = ("--track sample --recipe record --data_path data/sample --model_dim 128 "
+           "--attention_dim 128 --num_heads 1 --num_layers 6 --row_length 1024 --batch_size 2048 "
+           "--device_batch_size 1024 --val_row_length 1024 --val_batch_size 4096 --val_tokens 8192 "
+           "--loss_chunk_size 1024 --sampled_vocab 4096 --train_steps 40 --run_id run "
+           "--val_loss_every 20").split()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    found = []
+    for launcher in ((), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")):
+        # Ranks draw samples of their own.
+        done = run_python(*launcher, "train_gpt.py", *OPTIONS, "--sampled_vocab=0",
+                          f"--log_dir={tmp_path / str(len(found))}")
+        found.append(re.findall(r"val_loss:(\S+)", done))
+    assert len(found[0]) == 3
+    for one, two in zip(*found, strict=True):
+        assert float(one) == pytest.approx(float(two), abs=0.05)
+
+
 def test_a_resumed_run_goes_on_with_the_losses_of_one_that_was_not_stopped(tmp_path):
-    options = ("--track sample --recipe record --data_path data/sample --model_dim 128 "
-               "--attention_dim 128 --num_heads 1 --num_layers 6 --row_length 1024 --batch_size "
-               "2048 --device_batch_size 2048 --val_row_length 1024 --val_batch_size 4096 "
-               "--val_tokens 8192 --loss_chunk_size 1024 --sampled_vocab 4096 --train_steps 40 "
-               "--run_id run --val_loss_every 20 --save_every 20").split()
     found = []
     for name in ("whole", "resumed"):
         log_dir = f"--log_dir={tmp_path / name}"
-        done = run_python("train_gpt.py", *options, log_dir)
+        done = run_python("train_gpt.py", *OPTIONS, "--save_every=20", log_dir)
         if name == "resumed":
             shutil.rmtree(tmp_path / name / "run" / "step_000040")
             done = run_python("train_gpt.py", "--resume=latest", log_dir)
