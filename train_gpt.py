@@ -2067,11 +2067,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             share = grad_RD[self.rank :: self.world_size]
             if missing := -(-len(grad_RD) // self.world_size) - len(share):
                 share = torch.cat([share, share.new_zeros(missing, share.size(1))])
-            # Rank by rank, so that a sum never depends on which arrives first.
-            for i, some in zip(exchange.theirs.split(exchange.asked), rows.split(exchange.asked),
-                               strict=True):
-                share.index_add_(0, i, some)
-            return share
+            return share.index_add_(0, exchange.theirs, rows)
 
         return wait
 
