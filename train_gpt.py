@@ -696,13 +696,14 @@ class Exchange(NamedTuple):
 
 
 def plan_exchanges(
-    parts: list[MicroBatch], args: Hyperparameters, ranks: Ranks
+    parts: Iterable[MicroBatch], args: Hyperparameters, ranks: Ranks
 ) -> dict[str, Exchange]:
     """What is to be exchanged of tables by token and of those by pair, in a step of these parts,
     one of each rank. Every rank can tell, because all of them know the data.
     """
     if ranks.world_size == 1:
         return {}
+    parts = list(parts)
     looked_up = {"token": (args.vocab_size, [part.inputs_BT for part in parts])}
     if args.bigram_rows:
         pairs = [hash_pairs(part.inputs_BT.long(), first_tokens(part), args.bigram_rows)
@@ -993,7 +994,7 @@ def train_batches(
                 share = len(rows) // ranks.world_size
                 mine = rows[ranks.rank * share : (ranks.rank + 1) * share : rows_per_micro_batch]
                 if step >= first_step:
-                    parts = [shard.micro_batch(row, share) for row in rows[::share]]
+                    parts = (shard.micro_batch(row, share) for row in rows[::share])
                     yield ([shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine],
                            plan_exchanges(parts, args, ranks))
                 step += 1
@@ -2042,13 +2043,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, flat in zip(self.param_groups, self.flats, strict=True):
             if group["looked_up"] and self.world_size > 1:
                 exchange = exchanges[group["looked_up"]]
-                rows = flat.new_empty(len(exchange.mine), *flat.shape[1:])
-                work = dist.all_to_all_single(rows, self.share(flat, group)[exchange.theirs],
-                                              exchange.counts, exchange.asked, async_op=True)
-                arrivals.append((work, flat, exchange.mine, rows))
-        for work, flat, mine, rows in arrivals:
-            work.wait()
-            flat[mine] = rows
+                arrived, wait = send_rows(self.share(flat, group)[exchange.theirs],
+                                          exchange.asked, exchange.counts)
+                arrivals.append((wait, flat, exchange.mine, arrived))
+        for wait, flat, mine, arrived in arrivals:
+            wait()
+            flat[mine] = arrived
 
     def gather(self) -> None:
         """Bring all rows of tables, for other uses than a step."""
@@ -2056,20 +2056,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if group["looked_up"] in self.exchanges:
                 flat.copy_(self.whole(self.share(flat, group), group))
 
-    def sum_rows(self, grad_RD: Tensor, exchange: Exchange) -> Callable[[], Tensor]:
+    def sum_rows(self, grad_RD: Tensor, group: dict, exchange: Exchange) -> Callable[[], Tensor]:
         """Start sending gradients of looked up rows to who owns them."""
-        rows = grad_RD.new_empty(len(exchange.theirs), grad_RD.size(1))
-        work = dist.all_to_all_single(rows, grad_RD[exchange.mine], exchange.asked,
-                                      exchange.counts, async_op=True)
+        arrived, wait = send_rows(grad_RD[exchange.mine], exchange.counts, exchange.asked)
 
-        def wait() -> Tensor:
-            work.wait()
-            share = grad_RD[self.rank :: self.world_size]
+        def summed() -> Tensor:
+            wait()
+            share = self.share(grad_RD, group)
             if missing := -(-len(grad_RD) // self.world_size) - len(share):
                 share = torch.cat([share, share.new_zeros(missing, share.size(1))])
-            return share.index_add_(0, exchange.theirs, rows)
+            return share.index_add_(0, exchange.theirs, arrived)
 
-        return wait
+        return summed
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -2079,7 +2077,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if p.grad is None:
                     raise RunError(f"parameter {name} got no gradient: nothing in forward uses it")
             if exchange := self.exchanges.get(group["looked_up"]):
-                self.reductions.append(self.sum_rows(group["params"][0].grad, exchange))
+                self.reductions.append(self.sum_rows(group["params"][0].grad, group, exchange))
                 continue
             if i in self.early_sums:
                 grads, works = self.early_sums[i]
@@ -2218,6 +2216,14 @@ def all_gather(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], No
         return lambda: None
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return collective(whole, share, async_op=True).wait
+
+
+def send_rows(
+    rows: Tensor, counts: list[int], expected: list[int]
+) -> tuple[Tensor, Callable[[], None]]:
+    """Start sending so many rows to each rank; what arrives from them, once it was waited for."""
+    arrived = rows.new_empty(sum(expected), *rows.shape[1:])
+    return arrived, dist.all_to_all_single(arrived, rows, expected, counts, async_op=True).wait
 
 
 class Muon(ShardedOptimizer):
