@@ -450,7 +450,7 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     - The width is 64 per block, as in GPT-2 small. Heads keep their width, attention its share, and
       its outputs GPT-2's scale of 1 / sqrt(2 x blocks), if they have one.
     - Muon's learning rate stays, because its updates are scaled to the shape (Jordan et al. 2024);
-      Adam's go with 1 / sqrt(width), as in nanochat (Karpathy 2025).
+      Adam's go with 1 / sqrt(width), as in nanochat (Karpathy 2025), but there scalars' stay.
     - `target_param_data_ratio` training tokens per weight of the matrix products of each token,
       which are those of the blocks and of the head (Hoffmann et al. 2022; embeddings are none).
     - The batch goes with tokens^0.383 (Bergsma et al. 2025), by powers of two, and the learning
