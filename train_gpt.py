@@ -720,12 +720,11 @@ def plan_exchange(num_rows: int, rows_by_rank: list[Tensor], ranks: Ranks) -> Ex
         is_used = torch.zeros(share * ranks.world_size, dtype=torch.bool)
         is_used[rows.flatten().long()] = True
         by_owner = is_used.view(share, ranks.world_size).T
-        theirs.append(by_owner[ranks.rank].nonzero().flatten())
         if rank == ranks.rank:
-            theirs[rank] = theirs[rank][:0]
-            by_owner[rank] = False
+            by_owner[rank] = False  # it has those
             owner, i = by_owner.nonzero().T
             mine, counts = i * ranks.world_size + owner, by_owner.sum(1).tolist()
+        theirs.append(by_owner[ranks.rank].nonzero().flatten())
     asked = list(map(len, theirs))
     tensors = mine, torch.cat(theirs)
     if ranks.device.type == "cuda":
