@@ -98,17 +98,22 @@ def part_table(
             elif limits:
                 limit = tensor_limit(parts[part], sizes, steps, limits)
             lines.append(f"| {part} | {ms:.3f} | {ms / step_ms:.1%} | {limit} |")
-    busy = step_trace.busy_time(kernels)
+    exposed, idle = unhidden(kernels, sizes, steps, step_ms)
     if parts[step_trace.COMMUNICATION]:
-        others = [k for part, some in parts.items() if part != step_trace.COMMUNICATION
-                  for k in some]
-        exposed = (busy - step_trace.busy_time(others)) / steps / 1000
         lines.append(f"| communication alone | {exposed:.3f} | {exposed / step_ms:.1%} "
                      "| - | - | - |")
-    idle = max(0, step_ms - busy / steps / 1000)
     lines += [f"| idle | {idle:.3f} | {idle / step_ms:.1%} | - | - | - |",
               f"| a step | {step_ms:.3f} | 100.0% | - | - | - |"]
     return "\n".join(lines)
+
+
+def unhidden(
+    kernels: list[Kernel], sizes: Sizes, steps: int, step_ms: float
+) -> tuple[float, float]:
+    """Milliseconds of a step in which only communication runs, and in which nothing does."""
+    others = [k for k in kernels if part_of(k, sizes) != step_trace.COMMUNICATION]
+    busy, without = (step_trace.busy_time(some) / steps / 1000 for some in (kernels, others))
+    return busy - without, max(0, step_ms - busy)
 
 
 def tensor_limit(kernels: list[Kernel], sizes: Sizes, steps: int, limits: Limits) -> str:
@@ -167,7 +172,6 @@ def build(args: Hyperparameters) -> Trainer:
     torch.manual_seed(args.seed)
     model = train_gpt.GPT(args, attention).to(ranks.device)
     optimizers = train_gpt.build_optimizers(model, args, ranks.rank, ranks.world_size)
-    train_gpt.sum_early(model, optimizers)
     compiled = train_gpt.compile_model(model) if args.compile else model
     if args.kernel_warmup:
         train_gpt.warm_up(model, compiled, optimizers, args, ranks)
@@ -292,21 +296,27 @@ def profile_stage(
 
     if on_gpu:
         yield f"The CPU queues a step in {queue_time(run_step, queued, device):.1f} ms."
-    # Of a CUDA graph's kernels no operator is known.
+    sizes = Sizes(args.vocab_size, args.model_dim, args.bigram_rows, args.device_batch_size,
+                  args.sampled_vocab if args.samples_vocabulary else 0)
+    if recorded:
+        graphs_trace = trace.with_stem(f"{trace.stem}-graphs")
+        profile_steps(run_step, profiled, device, graphs_trace)
+        kernels = step_trace.read_trace(graphs_trace, on_gpu)
+        exposed, idle = unhidden(kernels, sizes, PROFILED, ms)
+        yield (f"As CUDA graphs, of a step only communication runs for {exposed:.3f} ms, and "
+               f"nothing for {idle:.3f} ms. What follows ran kernel by kernel, because of a "
+               "graph's kernels no operator is known.")
     profile_steps(partial(run_step, recorded=None), profiled, device, trace)
     if not (kernels := step_trace.read_trace(trace, on_gpu)):
         yield "The profiler saw nothing run; another profiler may be at work on this machine."
         return
     limits = Limits(own.rate * 1e12, own.bandwidth * 1e12) if on_gpu else None
-    sampled = args.sampled_vocab if args.samples_vocabulary else 0
-    head = (sampled or args.vocab_size) * args.model_dim
+    head = (sizes.sampled_vocab or args.vocab_size) * args.model_dim
     blocks = model.matrix_weights
     attention = [attention_flops(model, some, windows) for some, _ in profiled[-PROFILED:]]
     share = size / trainer.ranks.world_size
     flops = {BLOCKS: 6 * blocks * share, HEAD: 6 * head * share,
              step_trace.ATTENTION: statistics.fmean(attention)}
-    sizes = Sizes(args.vocab_size, args.model_dim, args.bigram_rows, args.device_batch_size,
-                  sampled)
     # The profiler slows a CPU's own work; a GPU's kernels take as long as without it.
     span = (max(k.end for k in kernels) - min(k.start for k in kernels)) / PROFILED / 1000
     yield part_table(kernels, sizes, PROFILED, ms if on_gpu else span, limits, flops)
