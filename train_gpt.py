@@ -1610,7 +1610,6 @@ class GPT(nn.Module):
         self.head = nn.Parameter(torch.empty(head_shape)) if has_head else None
         bias = torch.zeros(args.vocab_size) if args.unigram_power else None
         self.register_buffer("logit_bias", bias)
-        self.hand_over: Callable | None = None  # what sum_early puts around weights
         self.reset_parameters()
 
     @property
@@ -1663,17 +1662,8 @@ class GPT(nn.Module):
         x_BTD = self.hidden(batch, windows)
         ahead_K = x_BTD.new_ones(1, dtype=torch.float32) if ahead_K is None else ahead_K
         targets_NK = next_tokens(batch.targets_BT, len(ahead_K))
-        head = self.head_weight if self.hand_over is None else self.hand_over(
-            "head", self.head_weight)
-        return linear_cross_entropy(x_BTD.flatten(0, 1), head, targets_NK, ahead_K,
+        return linear_cross_entropy(x_BTD.flatten(0, 1), self.head_weight, targets_NK, ahead_K,
                                     self.logit_bias, self.args, self.final_norm.bound())
-
-    def run_block(self, i: int, *inputs) -> Tensor:
-        if self.hand_over is None:
-            return self.blocks[i](*inputs)
-        weights = {name: self.hand_over(f"blocks.{i}.{name}", p)
-                   for name, p in self.blocks[i].named_parameters()}
-        return torch.func.functional_call(self.blocks[i], weights, inputs)
 
     @property
     def head_weight(self) -> Tensor:
@@ -1719,7 +1709,7 @@ class GPT(nn.Module):
             if self.skip_lambdas is not None and i >= args.num_layers - len(skips):
                 x = x + self.skip_lambdas[args.num_layers - 1 - i] * skips.pop()
             value_embedding = value_tables[self.value_table[i]] if i in self.value_table else None
-            x = self.run_block(i, x, x0, self.rotary, batch, windows, value_embedding, is_first,
+            x = self.blocks[i](x, x0, self.rotary, batch, windows, value_embedding, is_first,
                                memory)
             if self.skip_lambdas is not None and i < args.num_layers // 2:
                 skips.append(x)
@@ -1964,31 +1954,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
     sums the gradients into each rank's share, updates the share, and gathers the shares. With one
     rank the share is everything; the code is the same. Groups are lists of (name, parameter).
 
-    Gradients of `early` groups are handed over one by one, as `sum_early` says. Of a table that is
-    `looked_up` by token or by pair, a rank has only the rows that it owns or was told to `fetch`,
-    and sends only gradients of those; `gather` brings the others.
+    Of a table that is `looked_up` by token or by pair, a rank has only the rows that it owns or was
+    told to `fetch`, and sends only gradients of those. What ranks send each other is rounded to
+    `sent_dtype`, weights too, of which only the owner has all bits; `gather` brings all of both.
     """
 
     unit_ndim: int  # dimensions of a unit, unless its group says otherwise
 
     def __init__(self, groups: list[dict], rank: int, world_size: int, **defaults):
-        super().__init__(groups, dict(unit_ndim=self.unit_ndim, early=False, looked_up="")
-                         | defaults)
+        super().__init__(groups, dict(unit_ndim=self.unit_ndim, looked_up="",
+                                      sent_dtype=torch.float32) | defaults)
         self.rank, self.world_size = rank, world_size
         self.flats: list[Tensor] = []
         self.reductions: list[Callable[[], Tensor]] = []  # wait for this rank's share of the sum
         self.exchanges: dict[str, Exchange] = {}
-        self.is_first = self.is_last = True  # micro-batch of the step
-        self.early_sums: dict[int, tuple[Tensor, list]] = {}  # by group: gradients, what they await
-        self.places: dict[str, tuple[int, slice]] = {}  # group and units of parameters
-        for i, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             group["initial_lr"], group["grad_scale"] = group["lr"], 1.0
             flat = self.flatten([p.detach() for p in group["params"]], group["unit_ndim"])
             first = 0
-            for name, p in zip(group["param_names"], group["params"], strict=True):
+            for p in group["params"]:
                 units = slice(first, first + p.numel() // flat[0].numel())
-                p.data = flat[units].view_as(p)
-                self.places[name], first = (i, units), units.stop
+                p.data, first = flat[units].view_as(p), units.stop
             self.flats.append(flat)
 
     def flatten(self, tensors: list[Tensor], unit_ndim: int) -> Tensor:
@@ -2016,79 +2002,72 @@ class ShardedOptimizer(torch.optim.Optimizer):
             whole = whole.unflatten(0, (self.world_size, -1)).transpose(0, 1).flatten(0, 1)
         return whole
 
-    def receive(self, name: str, grad: Tensor) -> Tensor:
-        """Add a gradient to those of the micro-batches before; returns their sum."""
-        i, units = self.places[name]
-        if i not in self.early_sums:
-            self.early_sums[i] = torch.zeros_like(self.flats[i]), []
-        total = self.early_sums[i][0][units].view_as(grad)
-        return total.copy_(grad) if self.is_first else total.add_(grad)
-
-    def send(self, name: str) -> None:
-        """Start summing what was received over ranks, each unit on the rank that owns it."""
-        if not self.is_last:
-            return
-        i, units = self.places[name]
-        grads, works = self.early_sums[i]
-        count = len(grads) // self.world_size
-        for owner in range(units.start // count, (units.stop - 1) // count + 1):
-            piece = grads[max(units.start, owner * count) : min(units.stop, (owner + 1) * count)]
-            works.append(dist.reduce(piece, owner, async_op=True))
+    def tables(self, kind: str) -> list[tuple[dict, Tensor]]:
+        """Groups of tables that are looked up by token or by pair, and these tables."""
+        return [(group, flat) for group, flat in zip(self.param_groups, self.flats, strict=True)
+                if group["looked_up"] == kind]
 
     @torch.no_grad()
     def fetch(self, exchanges: dict[str, Exchange]) -> None:
         """Bring the rows that this step looks up from the ranks that own them."""
         self.exchanges, arrivals = exchanges, []
-        for group, flat in zip(self.param_groups, self.flats, strict=True):
-            if group["looked_up"] and self.world_size > 1:
-                exchange = exchanges[group["looked_up"]]
-                arrived, wait = send_rows(self.share(flat, group)[exchange.theirs],
-                                          exchange.asked, exchange.counts)
-                arrivals.append((wait, flat, exchange.mine, arrived))
-        for wait, flat, mine, arrived in arrivals:
+        for kind, exchange in exchanges.items():
+            if tables := self.tables(kind):
+                rows = [self.share(table, group)[exchange.theirs] for group, table in tables]
+                arrived, wait = send_rows(rows, exchange.asked, exchange.counts,
+                                          tables[0][0]["sent_dtype"])
+                arrivals.append((wait, tables, exchange.mine, arrived))
+        for wait, tables, mine, arrived in arrivals:
             wait()
-            flat[mine] = arrived
+            for (_, table), rows in zip(tables, arrived, strict=True):
+                table[mine] = rows.float()
 
     def gather(self) -> None:
-        """Bring all rows of tables, for other uses than a step."""
+        """Bring all rows and all bits of what other ranks own, for other uses than a step."""
         for group, flat in zip(self.param_groups, self.flats, strict=True):
-            if group["looked_up"] in self.exchanges:
+            if self.world_size > 1 and (group["looked_up"] or group["sent_dtype"] != flat.dtype):
                 flat.copy_(self.whole(self.share(flat, group), group))
 
-    def sum_rows(self, grad_RD: Tensor, group: dict, exchange: Exchange) -> Callable[[], Tensor]:
-        """Start sending gradients of looked up rows to who owns them."""
-        arrived, wait = send_rows(grad_RD[exchange.mine], exchange.counts, exchange.asked)
+    def send_gradients(self, kind: str) -> Iterator[Callable[[], Tensor]]:
+        """Start sending gradients of looked up rows to who owns them; for each table, what waits
+        for the sum of this rank's share.
+        """
+        exchange, tables = self.exchanges[kind], self.tables(kind)
+        grads = [group["params"][0].grad for group, _ in tables]
+        arrived, wait = send_rows([grad[exchange.mine] for grad in grads], exchange.counts,
+                                  exchange.asked, tables[0][0]["sent_dtype"])
+        for (group, _), grad, rows in zip(tables, grads, arrived, strict=True):
+            yield partial(self.add_rows, grad, group, exchange, rows, wait)
 
-        def summed() -> Tensor:
-            wait()
-            share = self.share(grad_RD, group)
-            if missing := -(-len(grad_RD) // self.world_size) - len(share):
-                share = torch.cat([share, share.new_zeros(missing, share.size(1))])
-            return share.index_add_(0, exchange.theirs, arrived)
-
-        return summed
+    def add_rows(
+        self, grad_RD: Tensor, group: dict, exchange: Exchange, rows: Tensor, wait: Callable
+    ) -> Tensor:
+        wait()
+        share = self.share(grad_RD, group)
+        if missing := -(-len(grad_RD) // self.world_size) - len(share):
+            share = torch.cat([share, share.new_zeros(missing, share.size(1))])
+        return share.index_add_(0, exchange.theirs, rows.float())
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Start summing the gradients over ranks, but for those that are being summed."""
-        for i, group in enumerate(self.param_groups):
+        """Start summing the gradients over ranks."""
+        for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
                     raise RunError(f"parameter {name} got no gradient: nothing in forward uses it")
-            if exchange := self.exchanges.get(group["looked_up"]):
-                self.reductions.append(self.sum_rows(group["params"][0].grad, group, exchange))
+        of_rows = {kind: self.send_gradients(kind) for kind in self.exchanges}
+        for group in self.param_groups:
+            if group["looked_up"] in of_rows:
+                self.reductions.append(next(of_rows[group["looked_up"]]))
                 continue
-            if i in self.early_sums:
-                grads, works = self.early_sums[i]
-                wait = partial(wait_for, works)
-            else:
-                grads = self.flatten([p.grad for p in group["params"]], group["unit_ndim"])
-                wait = reduce_scatter(grads, self.share(grads, group), self.world_size)
+            grads = self.flatten([p.grad for p in group["params"]], group["unit_ndim"])
+            grads = grads.to(group["sent_dtype"])
+            wait = reduce_scatter(grads, self.share(grads, group), self.world_size)
             self.reductions.append(partial(self.summed, grads, group, wait))
 
     def summed(self, grads: Tensor, group: dict, wait: Callable) -> Tensor:
         wait()
-        return self.share(grads, group)
+        return self.share(grads, group).float()
 
     @torch.no_grad()
     def square_norm(self) -> Tensor:
@@ -2110,8 +2089,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
             share, state = self.share(flat, group), self.state[group["params"][0]]
             self.update(share, wait(), state, group)
             if not group["looked_up"]:
-                gathers.append(all_gather(flat, share, self.world_size))
+                gathers.append(self.spread(share, flat, group["sent_dtype"]))
         return gathers
+
+    def spread(self, share: Tensor, flat: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+        """Start filling the flat buffer with the shares of the other ranks, as they are sent."""
+        if self.world_size == 1 or dtype == flat.dtype:
+            return all_gather(flat, share, self.world_size)
+        whole, first = torch.empty_like(flat, dtype=dtype), self.rank * len(share)
+        wait = all_gather(whole, share.to(dtype), self.world_size)
+
+        def fill() -> None:
+            wait()
+            for others in (slice(first), slice(first + len(share), None)):
+                flat[others] = whole[others]
+
+        return fill
 
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         raise NotImplementedError
@@ -2154,53 +2147,6 @@ def step_together(optimizers: list[ShardedOptimizer]) -> None:
         wait()
 
 
-def sum_early(model: GPT, optimizers: list[ShardedOptimizer]) -> None:
-    """Have gradients of `early` groups summed over ranks before the backward pass is over.
-
-    A compiled graph returns all gradients at its end. So it gets nodes that hand them over where
-    they are known. The sums start in one order on all ranks, whatever the order in which the
-    compiler computes the gradients.
-    """
-    owners = {name: optimizer for optimizer in optimizers for group in optimizer.param_groups
-              if group["early"] for name in group["param_names"]}
-    if not owners:
-        return
-    early = {name: p for name, p in model.named_parameters() if name in owners}
-    order = sorted(reversed(early), key=lambda name: name != "head")  # as they become known
-    waiting, arrived = [], set()
-
-    @torch.library.custom_op("speedrun::hand_over", mutates_args=())
-    def receive(grad: Tensor, name: str) -> Tensor:
-        if not waiting:
-            waiting.extend(order)
-        early[name].grad = None  # or autograd would add the sum to itself
-        total = owners[name].receive(name, grad)
-        arrived.add(name)
-        while waiting and waiting[0] in arrived:
-            arrived.remove(waiting[0])
-            owners[waiting[0]].send(waiting.pop(0))
-        return total
-
-    receive.register_fake(lambda grad, name: grad.new_empty(grad.shape))
-
-    class HandOver(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, p, name):
-            ctx.name = name
-            return p.view_as(p)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return receive(grad, ctx.name), None
-
-    model.hand_over = lambda name, p: HandOver.apply(p, name) if name in early else p
-
-
-def wait_for(works: list) -> None:
-    while works:
-        works.pop().wait()
-
-
 def reduce_scatter(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], None]:
     """Start summing `whole` over ranks into the `share` of it that this rank owns."""
     if world_size == 1:
@@ -2218,11 +2164,15 @@ def all_gather(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], No
 
 
 def send_rows(
-    rows: Tensor, counts: list[int], expected: list[int]
-) -> tuple[Tensor, Callable[[], None]]:
-    """Start sending so many rows to each rank; what arrives from them, once it was waited for."""
-    arrived = rows.new_empty(sum(expected), *rows.shape[1:])
-    return arrived, dist.all_to_all_single(arrived, rows, expected, counts, async_op=True).wait
+    rows: list[Tensor], counts: list[int], expected: list[int], dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Start sending so many rows of each table to each rank, all tables at once; what arrives of
+    each from them, once it was waited for.
+    """
+    sent = torch.cat(rows, 1).to(dtype)
+    arrived = sent.new_empty(sum(expected), sent.size(1))
+    wait = dist.all_to_all_single(arrived, sent, expected, counts, async_op=True).wait
+    return arrived.split([some.size(1) for some in rows], 1), wait
 
 
 class Muon(ShardedOptimizer):
@@ -2345,10 +2295,9 @@ def build_optimizers(
                     "pair" if kind == "bigram" else "" if "position" in name else "token"))
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
-        # A head that goes its own way later has two gradients to add up.
-        is_whole = kind == "matrix" or name == "head" and not args.untie_frac
-        early = world_size > 1 and is_whole
-        group = groups.setdefault(key, dict(params=[], lr=lrs[kind], early=early) | units)
+        # What products round to it anyway need not be sent with more bits.
+        sent = torch.float32 if kind == "scalar" or world_size == 1 else getattr(torch, args.dtype)
+        group = groups.setdefault(key, dict(params=[], lr=lrs[kind], sent_dtype=sent) | units)
         group["params"].append((name, p))
 
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
@@ -3382,14 +3331,12 @@ def copy_to_cpu(value: Tensor) -> Tensor:
 
 
 def add_gradients(
-    model: Callable, optimizers: list[ShardedOptimizer], batches: list[MicroBatch],
-    windows: tuple[int, int], ahead_K: Tensor, args: Hyperparameters, device: torch.device,
+    model: Callable, batches: list[MicroBatch], windows: tuple[int, int], ahead_K: Tensor,
+    args: Hyperparameters, device: torch.device,
 ) -> Tensor:
     """The sum of the losses of a step's micro-batches, and their gradients in the parameters."""
     total = torch.zeros((), device=device)
-    for i, batch in enumerate(batches):
-        for optimizer in optimizers:
-            optimizer.is_first, optimizer.is_last = i == 0, i == len(batches) - 1
+    for batch in batches:
         # Gradients of sums over tokens, so that micro-batches and ranks simply add up; the
         # optimizers divide by the tokens of the step.
         with memory_advice(args, "device_batch_size"):
@@ -3402,14 +3349,15 @@ def add_gradients(
 class Recorded:
     """Forward and backward passes as CUDA graphs, for when launching takes longer than running.
 
-    A graph is of fixed shapes and windows, so that there is one for each windows and each place
-    among the micro-batches of a step; empty sequences follow the last, up to the most that a
-    micro-batch of the run has. Graphs share their memory: gradients last until the next step.
+    A graph is of fixed shapes and windows, so that there is one for each windows, and where a step
+    has several micro-batches another one that adds to the first's gradients; empty sequences follow
+    the last, up to the most that a micro-batch of the run has. Graphs share their memory: gradients
+    last until the next step.
     """
 
     def __init__(self, model: Callable, optimizers: list[ShardedOptimizer], args: Hyperparameters,
                  device: torch.device, most_sequences: int):
-        self.model, self.optimizers, self.args = model, optimizers, args
+        self.model, self.args = model, args
         self.params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         batch = random_micro_batch(args, args.device_batch_size, training=True)
         ends = batch.cu_seqlens.new_full((most_sequences + 1,), args.device_batch_size)
@@ -3424,38 +3372,37 @@ class Recorded:
         """
         try:
             for step in range(self.args.train_steps):
-                count = self.args.grad_accum_steps(step, world_size)
+                is_several = self.args.grad_accum_steps(step, world_size) > 1
                 with memory_advice(self.args, "device_batch_size"):
-                    self.recording(attention_windows(step, self.args), count)
+                    self.recording(attention_windows(step, self.args), is_several)
         except RuntimeError as error:
             raise RunError(f"a step cannot be recorded as a CUDA graph: {error}; "
                            "--cuda_graphs false does without") from error
 
-    def recording(self, windows: tuple[int, int], count: int) -> tuple[dict, list[Tensor]]:
-        """Of `count` micro-batches, by place: graphs and their losses; and the gradients."""
-        if (windows, count) in self.recordings:
-            return self.recordings[windows, count]
-        graphs = {}
-        for place in dict.fromkeys((i == 0, i == count - 1) for i in range(count)):
-            for optimizer in self.optimizers:
-                optimizer.is_first, optimizer.is_last = place
+    def recording(
+        self, windows: tuple[int, int], is_several: bool
+    ) -> tuple[list[tuple["torch.cuda.CUDAGraph", Tensor]], list[Tensor]]:
+        """Of one micro-batch, or of several: the graph and the loss of the first, and of each
+        other; and the gradients.
+        """
+        if (windows, is_several) in self.recordings:
+            return self.recordings[windows, is_several]
+        graphs = []
+        for _ in range(1 + is_several):
             graph = torch.cuda.CUDAGraph()
             # Other threads, as that which makes the batches, may go on meanwhile.
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 loss = self.model(self.batch, windows, self.ahead_K)
                 loss.backward()
-                for optimizer in self.optimizers:
-                    for _, works in optimizer.early_sums.values():
-                        wait_for(works)
-            graphs[place] = graph, borrowed(loss.detach())
+            graphs.append((graph, borrowed(loss.detach())))
         grads = [borrowed(p.grad) for p in self.params]
         for p in self.params:
             p.grad = None
-        return self.recordings.setdefault((windows, count), (graphs, grads))
+        return self.recordings.setdefault((windows, is_several), (graphs, grads))
 
     def add_gradients(self, batches: list[MicroBatch], windows, ahead_K: Tensor) -> Tensor:
         """What `add_gradients` does."""
-        graphs, grads = self.recording(windows, len(batches))
+        graphs, grads = self.recording(windows, len(batches) > 1)
         total, ends = torch.zeros_like(self.ahead_K[0]), self.batch.cu_seqlens
         self.ahead_K.copy_(ahead_K)
         for i, batch in enumerate(batches):
@@ -3463,7 +3410,7 @@ class Recorded:
             self.batch.targets_BT.copy_(batch.targets_BT, non_blocking=True)
             ends.fill_(self.args.device_batch_size)
             ends[: len(batch.cu_seqlens)].copy_(batch.cu_seqlens, non_blocking=True)
-            graph, loss = graphs[i == 0, i == len(batches) - 1]
+            graph, loss = graphs[min(i, 1)]
             graph.replay()
             total += loss
         for p, grad in zip(self.params, grads, strict=True):
@@ -3497,7 +3444,7 @@ def train_step(
     if recorded:
         total = recorded.add_gradients(batches, windows, ahead_K)
     else:
-        total = add_gradients(model, optimizers, batches, windows, ahead_K, args, ranks.device)
+        total = add_gradients(model, batches, windows, ahead_K, args, ranks.device)
     is_tied = step < args.untie_frac * args.train_steps
     if is_tied:
         model.embed.weight.grad += model.head.grad
@@ -3618,7 +3565,6 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
     for note in notes:
         log(note, console=True)
     checkpoints = Checkpoints(log_path.with_suffix(""), log)
-    sum_early(model, optimizers)
     compiled, recorded = compile_model(model) if args.compile else model, None
     if args.kernel_warmup:
         log("compiling and warming up on random tokens; the clock starts after it", console=True)

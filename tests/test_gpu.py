@@ -80,13 +80,9 @@ ALL_EIGHT_BITS = EIGHT_BITS | dict(fp8_gradients=True)
 
 
 def train_some_steps(
-    compile: bool, steps: int = 6, writes: bool = False, records: bool = False,
-    sums_early: bool = False, **switches
+    compile: bool, steps: int = 6, writes: bool = False, records: bool = False, **switches
 ) -> list[float]:
-    """The losses; if it `writes`, a text between any two steps; if it `records`, as CUDA graphs.
-
-    If it `sums_early`, matrices are summed over the one rank of a process group.
-    """
+    """The losses; if it `writes`, a text between any two steps; if it `records`, as CUDA graphs."""
     args = tiny_args(
         vocab_size=1000, row_length=128, max_document_length=64, batch_size=1024,
         device_batch_size=512, val_batch_size=512, window_start=128, window_end=256,
@@ -97,10 +93,6 @@ def train_some_steps(
     torch.manual_seed(0)
     model = train_gpt.GPT(args, train_gpt.varlen_attention).to(ranks.device)
     optimizers = train_gpt.build_optimizers(model, args)
-    if sums_early:
-        for group in optimizers[0].param_groups:  # Muon's
-            group["early"] = True
-        train_gpt.sum_early(model, optimizers)
     compiled = train_gpt.compile_model(model) if compile else model
     train_gpt.warm_up(model, compiled, optimizers, args, ranks)
     recorded = None
@@ -156,17 +148,6 @@ def test_training_as_cuda_graphs_equals_training_kernel_by_kernel(switches):
                             for records in (False, True))
     assert recorded == pytest.approx(one_by_one, abs=0.02)
     assert recorded[-1] < recorded[0] - 0.5
-
-
-def test_sums_over_ranks_can_be_part_of_a_cuda_graph(tmp_path):
-    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0,
-                                         world_size=1, device_id=torch.device("cuda", 0))
-    try:
-        alone, summed = (train_some_steps(True, records=True, sums_early=early, **NEWER)
-                         for early in (False, True))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert summed == pytest.approx(alone, abs=0.02)
 
 
 def test_a_replayed_token_has_the_logits_of_one_that_is_computed_anew():
