@@ -3556,6 +3556,8 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
 
     torch.manual_seed(args.seed)
     model = GPT(args, attention).to(ranks.device)
+    if ranks.rank:  # with samples of its own a rank shows the head other tokens
+        torch.manual_seed((args.seed + ranks.rank) % 2**63)
     optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
     if is_new:
         log_header(log, args, model, ranks, attention_name, train_shards, val_shards)

@@ -25,6 +25,7 @@ from conftest import (
     ONE_RANK,
     ROOT,
     random_documents,
+    run_ranks,
     run_train,
     wait_for,
     write_shard,
@@ -468,6 +469,29 @@ def test_two_ranks_train_as_one_and_write_one_log(usual, tmp_path):
     assert losses == pytest.approx([loss for _, loss in usual.val_losses], abs=1.5e-5)
     assert "tokens per step: 256 = 2 ranks x 1 micro-batches x 128" in text
     assert done.stdout.count("step:4/4 val_loss") == 1  # one rank talks
+
+
+def what_a_rank_draws(ranks, log_dir):
+    """The tokens that its first chunk of training is compared with."""
+    args = train_gpt.parse_hyperparameters(
+        [*TINY, f"--data_path={SAMPLE}", f"--log_dir={log_dir}", "--train_steps=1",
+         "--sampled_vocab=1000", "--loss_chunk_size=128"])
+    drawn, sample = [], train_gpt.sample_vocabulary
+
+    def noted(*arguments):
+        drawn.append(sample(*arguments))
+        return drawn[-1]
+
+    train_gpt.sample_vocabulary = noted
+    train_gpt.train(args, ranks, train_gpt.Log(), train_gpt.StopSignal())
+    return drawn[0][0][0].sort().values
+
+
+def test_ranks_draw_samples_of_their_own(tmp_path):
+    first, second = run_ranks(what_a_rank_draws, 2, tmp_path / "ranks", tmp_path / "logs")
+    assert len(first) == len(second) == 1000
+    shared = len(set(first.tolist()) & set(second.tolist()))
+    assert shared < 500  # frequent ones, and those drawn by chance
 
 
 def test_ranks_that_cannot_share_a_step_are_told_which_can():
