@@ -3273,9 +3273,10 @@ def check_accumulation(args: Hyperparameters, world_size: int) -> None:
     stages = [size // args.row_length for size in args.stage_batch_sizes]
     if rows := next((rows for rows in stages if rows % world_size), None):
         counts = [n for n in range(1, args.common_rows + 1) if args.common_rows % n == 0]
-        raise CollectiveError(f"--batch_size {rows * args.row_length} is {rows} rows of "
-                              f"--row_length {args.row_length}, which {world_size} ranks cannot "
-                              f"share; numbers of ranks that can: {counts}")
+        name = "a step of --batch_stages" if args.batch_stages else "--batch_size"
+        raise CollectiveError(f"{name} {rows * args.row_length} is {rows} rows of --row_length "
+                              f"{args.row_length}, which {world_size} ranks cannot share; numbers "
+                              f"of ranks that can: {counts}")
     share = args.common_rows // world_size
     if share % micro_rows:
         sizes = [n * args.row_length for n in range(1, share + 1) if share % n == 0]
