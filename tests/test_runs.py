@@ -530,7 +530,7 @@ def test_a_micro_batch_has_to_fit_every_stage():
     train_gpt.check_accumulation(train_gpt.parse_hyperparameters(stages), 1)
     with pytest.raises(train_gpt.RunError, match="does not divide the 64 tokens of each of 2"):
         train_gpt.check_accumulation(train_gpt.parse_hyperparameters(stages), 2)
-    with pytest.raises(train_gpt.RunError, match=r"step of --batch_stages 256 is 4 rows .* 3 ranks can"):
+    with pytest.raises(train_gpt.RunError, match="step of --batch_stages 256 .* 3 ranks cannot"):
         train_gpt.check_accumulation(train_gpt.parse_hyperparameters(stages), 3)
 
 
