@@ -2013,9 +2013,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.exchanges, arrivals = exchanges, []
         for kind, exchange in exchanges.items():
             if tables := self.tables(kind):
-                rows = [self.share(table, group)[exchange.theirs] for group, table in tables]
-                arrived, wait = send_rows(rows, exchange.asked, exchange.counts,
-                                          tables[0][0]["sent_dtype"])
+                rows = [self.share(table, group)[exchange.theirs].to(group["sent_dtype"])
+                        for group, table in tables]
+                arrived, wait = send_rows(rows, exchange.asked, exchange.counts)
                 arrivals.append((wait, tables, exchange.mine, arrived))
         for wait, tables, mine, arrived in arrivals:
             wait()
@@ -2034,8 +2034,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         exchange, tables = self.exchanges[kind], self.tables(kind)
         grads = [group["params"][0].grad for group, _ in tables]
-        arrived, wait = send_rows([grad[exchange.mine] for grad in grads], exchange.counts,
-                                  exchange.asked, tables[0][0]["sent_dtype"])
+        sent = [grad[exchange.mine].to(group["sent_dtype"])
+                for (group, _), grad in zip(tables, grads, strict=True)]
+        arrived, wait = send_rows(sent, exchange.counts, exchange.asked)
         for (group, _), grad, rows in zip(tables, grads, arrived, strict=True):
             yield partial(self.add_rows, grad, group, exchange, rows, wait)
 
@@ -2094,7 +2095,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def spread(self, share: Tensor, flat: Tensor, dtype: torch.dtype) -> Callable[[], None]:
         """Start filling the flat buffer with the shares of the other ranks, as they are sent."""
-        if self.world_size == 1 or dtype == flat.dtype:
+        if dtype == flat.dtype:
             return all_gather(flat, share, self.world_size)
         whole, first = torch.empty_like(flat, dtype=dtype), self.rank * len(share)
         wait = all_gather(whole, share.to(dtype), self.world_size)
@@ -2164,12 +2165,12 @@ def all_gather(whole: Tensor, share: Tensor, world_size: int) -> Callable[[], No
 
 
 def send_rows(
-    rows: list[Tensor], counts: list[int], expected: list[int], dtype: torch.dtype
+    rows: list[Tensor], counts: list[int], expected: list[int]
 ) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     """Start sending so many rows of each table to each rank, all tables at once; what arrives of
     each from them, once it was waited for.
     """
-    sent = torch.cat(rows, 1).to(dtype)
+    sent = torch.cat(rows, 1)
     arrived = sent.new_empty(sum(expected), sent.size(1))
     wait = dist.all_to_all_single(arrived, sent, expected, counts, async_op=True).wait
     return arrived.split([some.size(1) for some in rows], 1), wait
@@ -2295,7 +2296,7 @@ def build_optimizers(
                     "pair" if kind == "bigram" else "" if "position" in name else "token"))
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
-        # What products round to it anyway need not be sent with more bits.
+        # That of the passes, but for scalars, which they use in 32 bits.
         sent = torch.float32 if kind == "scalar" or world_size == 1 else getattr(torch, args.dtype)
         group = groups.setdefault(key, dict(params=[], lr=lrs[kind], sent_dtype=sent) | units)
         group["params"].append((name, p))

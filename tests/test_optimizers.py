@@ -308,8 +308,8 @@ def training_args(**overrides):
     return tiny_args(**settings | overrides)
 
 
-def train_steps(ranks, args, shard):
-    """Losses and weights after training on a shard."""
+def train_on(ranks, args, shard):
+    """Losses, and the model and the optimizers after training on a shard."""
     torch.manual_seed(7)
     model = GPT(args)
     optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
@@ -318,9 +318,19 @@ def train_steps(ranks, args, shard):
         for step, (batches, exchanges) in enumerate(train_batches([shard], args, ranks))
     ]
     assert len(losses) == args.train_steps
+    return torch.stack(losses), model, optimizers
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def train_steps(ranks, args, shard):
+    """Losses and weights after training on a shard."""
+    losses, model, optimizers = train_on(ranks, args, shard)
     for optimizer in optimizers:
         optimizer.gather()
-    return torch.stack(losses), {name: p.detach().clone() for name, p in model.named_parameters()}
+    return losses, weights_of(model)
 
 
 @pytest.fixture(scope="session")
@@ -419,16 +429,11 @@ def test_of_tables_a_step_sends_only_the_rows_that_it_looks_up(shard, tmp_path):
 def train_in_16_bits(ranks, shard):
     """Losses, the weights that this rank computes with, and those that it gathers at the end."""
     args = training_args(bigram_rows=31, dtype="bfloat16")
-    torch.manual_seed(7)
-    model = GPT(args)
-    optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
-    losses = torch.stack([
-        train_step(model, optimizers, batches, step, args, ranks, exchanges=exchanges)
-        for step, (batches, exchanges) in enumerate(train_batches([shard], args, ranks))])
-    used = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses, model, optimizers = train_on(ranks, args, shard)
+    used = weights_of(model)
     for optimizer in optimizers:
         optimizer.gather()
-    return losses, used, {name: p.detach().clone() for name, p in model.named_parameters()}
+    return losses, used, weights_of(model)
 
 
 def test_ranks_send_what_products_round_to_and_keep_all_bits_of_what_they_own(shard, tmp_path):
