@@ -361,7 +361,8 @@ def main(argv: list[str]) -> int:
         usage="step_profile.py [any option of train_gpt.py] [options]", allow_abbrev=False)
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the report there too")
     parser.add_argument("--trace", type=Path, metavar="FILE.json",
-                        help="keep the trace, for chrome://tracing; one for each size of step")
+                        help="keep the trace, for chrome://tracing; one for each size of step, and "
+                             "one more of its CUDA graphs")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps; default 5")
     parser.add_argument("--rate", type=float, default=782.0, metavar="TFLOP/S",
                         help="of a large bfloat16 matrix product; default 782, an H200's")
