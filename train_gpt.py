@@ -447,8 +447,9 @@ def new_hyperparameters(overrides: dict) -> Hyperparameters:
 def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     """The recipe as a model of `depth` blocks; of what is overridden too, the rest is worked out.
 
-    - The width is 64 per block, as in GPT-2 small. Heads keep their width, attention its share, and
-      its outputs GPT-2's scale of 1 / sqrt(2 x blocks), if they have one.
+    - The width is 64 per block, as in GPT-2 small. Heads keep their width, attention its share (but
+      two heads: with one, `record` learns less in 8-bit floats; records/measurements, Miniseries),
+      and its outputs GPT-2's scale of 1 / sqrt(2 x blocks), if they have one.
     - Muon's learning rate stays, because its updates are scaled to the shape (Jordan et al. 2024);
       Adam's go with 1 / sqrt(width), as in nanochat (Karpathy 2025), but there scalars' stay.
     - `target_param_data_ratio` training tokens per weight of the matrix products of each token,
@@ -461,7 +462,7 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     """
     depth, width = overrides["depth"], 64 * overrides["depth"]
     share = recipe.attention_width / recipe.model_dim
-    heads = max(1, round(share * width / recipe.head_dim))
+    heads = max(2, round(share * width / recipe.head_dim))
     attention_dim = heads * recipe.head_dim
     rates = {f"{kind}_lr": getattr(recipe, f"{kind}_lr") * (recipe.model_dim / width) ** 0.5
              for kind in LEARNING_RATES if kind != "matrix" or recipe.optimizer == "adam"}

@@ -508,8 +508,9 @@ def test_a_model_of_each_depth_follows_the_rules(recipe, depth):
     assert (args.num_layers, args.model_dim) == (depth, 64 * depth)
     assert args.head_dim == base.head_dim
     share = base.attention_width / base.model_dim
+    assert args.num_heads >= 2
     assert abs(args.attention_width - share * args.model_dim) <= base.head_dim / 2 or \
-        args.num_heads == 1
+        args.num_heads == 2
     root = (base.model_dim / args.model_dim) ** 0.5
     for kind in train_gpt.LEARNING_RATES:
         factor = 1 if kind == "matrix" and base.optimizer == "muon" else root
