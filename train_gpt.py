@@ -3141,15 +3141,20 @@ class Checkpoints:
     def reserve(self, files: dict[str, dict[str, Tensor]]) -> None:
         """Begin to make room for copies of such tensors.
 
-        Memory on the CPU that a GPU can write to takes seconds to get, and is kept.
+        Memory on the CPU that a GPU can write to takes seconds to get, and is kept. Where there is
+        not enough of it any other does, and takes longer to copy to.
         """
         like = [(file, name, tensor.to("meta"), tensor.is_cuda)
                 for file, tensors in files.items() for name, tensor in tensors.items()]
 
         def work() -> None:
             for file, name, tensor, pin in like:
-                self.buffers[file, name] = torch.empty_like(
-                    tensor, device="cpu", pin_memory=pin, memory_format=torch.contiguous_format)
+                room = partial(torch.empty_like, tensor, device="cpu",
+                               memory_format=torch.contiguous_format)
+                try:
+                    self.buffers[file, name] = room(pin_memory=pin)
+                except RuntimeError:
+                    self.buffers[file, name] = room()
 
         self.reserving = self.thread.submit(work)
 

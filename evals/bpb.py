@@ -75,7 +75,9 @@ def bits_per_byte(options: argparse.Namespace, ranks: Ranks) -> dict:
     num_bytes = count_bytes(shards, args, encoding)
     val_loss = train_gpt.evaluate(model, shards, args, windows, ranks)
     bits = val_loss * args.val_tokens / math.log(2)
-    return dict(task="bpb", run=state["run"], step=state["step"], bpb=bits / num_bytes,
+    paths = train_gpt.find_shards(train_gpt.data_folder(args))[1][: len(shards)]
+    return dict(task="bpb", run=state["run"], step=state["step"],
+                shards=[path.name for path in paths], bpb=bits / num_bytes,
                 val_loss=val_loss, tokens=args.val_tokens, bytes=num_bytes,
                 bytes_per_token=num_bytes / args.val_tokens)
 

@@ -232,7 +232,7 @@ def describe_results(subject: Subject, results: dict[str, dict]) -> tuple[dict[s
                 lines[task] = f"{found['bpb']:.5f} on {found['tokens']:,} tokens"
                 parts.append(f"Bits per byte: {found['bpb']:.5f}, from val_loss "
                              f"{found['val_loss']:.5f} on {found['tokens']:,} tokens of "
-                             f"{found['bytes']:,} bytes.")
+                             f"{found['bytes']:,} bytes, in {', '.join(found['shards'])}.")
             elif task == "core":
                 lines[task] = core_score(found)
                 parts.append(f"CORE: {lines[task]}.\n\n{core_table(found)}")

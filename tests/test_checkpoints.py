@@ -279,6 +279,26 @@ def test_room_for_checkpoints_is_made_once_and_before_the_clock_if_it_can_be(
     assert shapes == saved
 
 
+def test_without_memory_that_a_gpu_can_write_to_a_checkpoint_is_written_from_other_memory(tmp_path):
+    class OnGPU:
+        """To a machine without a GPU, a tensor that wants memory which it does not have."""
+
+        is_cuda = True
+
+        def __init__(self, tensor):
+            self.to = tensor.to
+
+    tensors = {train_gpt.MODEL_FILE: {"x": torch.arange(6.0).view(2, 3).T}}
+    saves = train_gpt.Checkpoints(tmp_path, train_gpt.Log())
+    saves.reserve({file: {name: OnGPU(tensor) for name, tensor in some.items()}
+                   for file, some in tensors.items()})
+    saves.save(tensors, dict(step=3))
+    saves.finish()
+    assert saves.problem is None
+    found = safetensors.torch.load_file(tmp_path / "step_000003" / train_gpt.MODEL_FILE)
+    assert found["x"].equal(tensors[train_gpt.MODEL_FILE]["x"])
+
+
 def test_a_run_goes_on_under_its_own_name_beside_its_own_log(tmp_path, whole, data, capsys):
     moved = tmp_path / "elsewhere" / "logs"
     shutil.copytree(whole.path.parent, moved)

@@ -291,6 +291,7 @@ def test_bpb_is_loss_in_bits_over_bytes_of_the_text(val_run, vocab, tmp_path, ca
     assert result["bpb"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert result["bytes_per_token"] == pytest.approx(num_bytes / val_run.tokens)
     assert result["step"] == 4
+    assert result["shards"] == [path.name for path in val_run.folder.glob("*_val_*.bin")]
     out = capsys.readouterr().out
     for figure in (f"bpb {result['bpb']:.5f}", f"val_loss {result['val_loss']:.5f}",
                    f"{val_run.tokens:,} tokens", f"{num_bytes:,} bytes"):
