@@ -1,11 +1,13 @@
 """Which switch matters how much? A table from logs: a control, and runs with other settings.
 
-    python records/ablation.py                      # the newest records/measurements/*_Ablation
+    python records/ablation.py                      # all of records/measurements/*_Ablation
     python records/ablation.py logs/ --control modern-seed1 --plot switches.png
 
 Runs whose hyper-parameters are equal, but for seeds, names and reports, share a row. The control
 is the one that --control names, else the one with a log called control*, else the one from which
-the others differ in the fewest hyper-parameters. A time is that of a run whose steps all take as
+the others differ in the fewest hyper-parameters. An archive of logs is a series of its own, with a
+control of its own, so that another machine can add rows to the table; of a change that several
+series have, the last one counts. A time is that of a run whose steps all take as
 long as the median of their stage, because many runs share a machine in an ablation.
 
 Exit status: 0 if there is a table, 1 if not.
@@ -23,17 +25,14 @@ from typing import NamedTuple
 import check
 import numpy as np
 from compare import differences, save_figure
-from logs import LogError, Run, read_logs
+from logs import ARCHIVE, LogError, Run, find_logs, read_logs
 from record import RECORDS
 from significance import Welch, sample_std, welch
 
 # Names, the claim, and validations, for which the clock stands still, do not change the training.
 LABELS = {"track", "recipe", "data_path", "target", "token_budget", "val_loss_every"}
 FINEWEB = {"fineweb": "FineWeb", "sample": "this repository's sample of FineWeb"}
-HEADER = """\
-| changed | seeds | val_loss | against the control | time | tokens/s | peak MiB |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
-"""
+COLUMNS = "seeds", "val_loss", "against the control", "time", "tokens/s", "peak MiB"
 
 
 class Group(NamedTuple):
@@ -157,6 +156,21 @@ def read_ablation(paths: Sequence[str | Path], control: str | None = None) -> Ab
     return Ablation(chosen, sorted(others, key=lambda group: -fmean(group.losses)))
 
 
+def read_series(paths: Sequence[str | Path], control: str | None = None) -> list[Ablation]:
+    """An ablation for each archive among these logs and folders, and one for all other logs."""
+    logs = find_logs(paths)
+    archives = [[path] for path in logs if path.name.endswith(ARCHIVE)]
+    others = [path for path in logs if not path.name.endswith(ARCHIVE)]
+    return [read_ablation(some, control) for some in [*([others] if others else []), *archives]]
+
+
+def changed_rows(series: Sequence[Ablation]) -> list[tuple[Ablation, Group]]:
+    """Each change with its series, what costs most first; of one in several series, the last."""
+    rows = {ablation.changes(group): (ablation, group)
+            for ablation in series for group in ablation.others}
+    return sorted(rows.values(), key=lambda row: -row[0].loss_gap(row[1])[0])
+
+
 def describe_data(run: Run) -> str:
     """What the run's shards are, by their names, sizes and hashes."""
     for track in check.TRACKS.values():
@@ -172,27 +186,31 @@ def span(counts: list[int | None], unit: str) -> str:
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) + f" {unit}"
 
 
-def headline(ablation: Ablation) -> str:
-    """Data, machine, length and seeds of the runs, as one line."""
-    groups = (ablation.control, *ablation.others)
+def headline(series: Sequence[Ablation]) -> str:
+    """Data, machines, length and seeds of the runs, as one line."""
+    groups = [group for ablation in series for group in (ablation.control, *ablation.others)]
     runs = [run for group in groups for run in group.runs]
-    first, scripts, noise = runs[0], len({run.source for run in runs}), ablation.noise()
-    seeds = len(ablation.control.runs)
+    first, scripts = runs[0], len({run.source for run in runs})
+    noise, seeds = max((ablation.noise() or 0, len(ablation.control.runs)) for ablation in series)
+    machines = dict.fromkeys(f"{run.world_size} x {run.hardware}".removeprefix("1 x ")
+                             for run in runs)
     facts = [
         f"On {describe_data(max(runs, key=lambda run: len(run.shards)))}",
-        f"{first.world_size} x {first.hardware}".removeprefix("1 x "), f"torch {first.torch}",
+        " and ".join(machines), f"torch {first.torch}",
         span([run.train_steps for run in runs], "steps"),
         span([train_tokens(run) for run in runs], "training tokens"),
         f"val_loss on {first.number('val_tokens'):,} tokens",
         *["one seed each, so that small differences may be noise"] * (len(runs) == len(groups)),
-        *[f"rows of {seeds} seeds differ by ±{1.96 * (noise or 0) * math.sqrt(2 / seeds):.4f} by "
-          f"chance (95%)"] * (noise is not None),
+        *[f"rows of {seeds} seeds differ by ±{1.96 * noise * math.sqrt(2 / seeds):.4f} by "
+          f"chance (95%)"] * (noise > 0),
+        *[f"{len(series)} series, each row compared with the control of its own"]
+        * (len(series) > 1),
         *[f"**the logs are of {scripts} different scripts**"] * (scripts > 1)]
     return check.cell("; ".join(facts)) + "."
 
 
-def row(ablation: Ablation, group: Group) -> str:
-    """The group's line of the table; what the logs do not say is a dash."""
+def row(ablation: Ablation, group: Group) -> list[str]:
+    """The group's cells of the table; what the logs do not say is a dash."""
     label, against, percent = f"none: the control, {group.runs[0].name}", "", ""
     if group is not ablation.control:
         label, (gap, test) = ablation.changes(group), ablation.loss_gap(group)
@@ -200,30 +218,39 @@ def row(ablation: Ablation, group: Group) -> str:
         percent = f" ({100 * (group.mean_time / ablation.control.mean_time - 1):+z.1f}%)"
     spread, tokens = sample_std(group.losses), train_tokens(group.runs[0])
     memory = [int(run.fact(r"^peak memory: (\d+) MiB") or 0) for run in group.runs]
-    cells = (label, str(len(group.runs)),
-             f"{fmean(group.losses):.5f}" + ("" if math.isnan(spread) else f" ± {spread:.5f}"),
-             against, f"{group.mean_time:,.1f} s{percent}",
-             "-" if tokens is None else f"{tokens / group.mean_time:,.0f}",
-             f"{max(memory):,}" if all(memory) else "-")
-    return f"| {' | '.join(map(check.cell, cells))} |\n"
+    return [label, str(len(group.runs)),
+            f"{fmean(group.losses):.5f}" + ("" if math.isnan(spread) else f" ± {spread:.5f}"),
+            against, f"{group.mean_time:,.1f} s{percent}",
+            "-" if tokens is None else f"{tokens / group.mean_time:,.0f}",
+            f"{max(memory):,}" if all(memory) else "-"]
 
 
-def render(ablation: Ablation) -> str:
-    """Markdown: what ran on what, and a table, the control first, then what costs most."""
-    rows = [row(ablation, group) for group in (ablation.control, *ablation.others)]
-    return f"{headline(ablation)}\n\n{HEADER}{''.join(rows)}"
+def render(*series: Ablation) -> str:
+    """Markdown: what ran on what, and a table, the controls first, then what costs most."""
+    rows = [(ablation, ablation.control) for ablation in series] + changed_rows(series)
+    cells = [row(ablation, group) for ablation, group in rows]
+    columns, rules = ["changed", *COLUMNS], ["---"] + ["---:"] * len(COLUMNS)
+    if len(series) > 1:
+        columns, rules = ["changed", "series", *COLUMNS], ["---", *rules[1:], "---:"]
+        for (ablation, group), line in zip(rows, cells, strict=True):
+            line.insert(1, str(series.index(ablation) + 1))
+            if group is ablation.control:
+                line[0] += f", on {group.runs[0].hardware}"
+    table = [columns, rules, *(map(check.cell, line) for line in cells)]
+    return f"{headline(series)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
-def plot(path: Path, ablation: Ablation) -> None:
+def plot(path: Path, *series: Ablation) -> None:
     """Write a PNG: a bar for each change, as long as its difference in val_loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    gaps, tests = zip(*map(ablation.loss_gap, ablation.others), strict=True)
+    rows = changed_rows(series)
+    gaps, tests = zip(*(ablation.loss_gap(group) for ablation, group in rows), strict=True)
     labels = [textwrap.fill(textwrap.shorten(ablation.changes(group).replace("`", ""), 110), 60)
-              for group in ablation.others]
+              for ablation, group in rows]
     figure, axis = pyplot.subplots(figsize=(12, 1.8 + 0.5 * len(gaps)), layout="constrained")
     axis.barh(range(len(gaps)), gaps, tick_label=labels, capsize=4,
               color=["tab:red" if gap > 0 else "tab:blue" for gap in gaps],
@@ -237,30 +264,30 @@ def plot(path: Path, ablation: Ablation) -> None:
     axis.set_xlabel("val_loss against the control, nats per token"
                     + ", with its 95% interval" * any(tests)
                     + ", logarithmic beyond 0.1" * beyond)
-    figure.suptitle(textwrap.fill(headline(ablation).replace("*", ""), 110), fontsize=9)
+    figure.suptitle(textwrap.fill(headline(series).replace("*", ""), 110), fontsize=9)
     save_figure(figure, path)
 
 
-def newest_folder() -> Path | None:
-    """The newest records/measurements/*_Ablation, by the date in its name."""
-    return max((RECORDS / "measurements").glob("*_Ablation"), default=None)
+def ablation_folders() -> list[Path]:
+    """records/measurements/*_Ablation, by the date in their names."""
+    return sorted((RECORDS / "measurements").glob("*_Ablation"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("logs", nargs="*", metavar="LOG", help="logs, or folders of logs; default: "
-                        "the newest records/measurements/*_Ablation")
+    parser.add_argument("logs", nargs="*", metavar="LOG", help="logs, archives, or folders of "
+                        "them; default: all of records/measurements/*_Ablation")
     parser.add_argument("--control", metavar="LOG", help="the name of one of the control's logs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the differences")
     args = parser.parse_args()
     try:
-        paths = args.logs or [folder for folder in [newest_folder()] if folder]
+        paths = args.logs or ablation_folders()
         if not paths:
             raise LogError("there is no folder records/measurements/*_Ablation; name your logs")
-        ablation = read_ablation(paths, args.control)
-        print(render(ablation), end="")
+        series = read_series(paths, args.control)
+        print(render(*series), end="")
         if args.plot:
-            plot(args.plot, ablation)
+            plot(args.plot, *series)
             print(f"plot: {args.plot}", file=sys.stderr)
     except LogError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,8 +4,8 @@
     python records/table.py --check    # exit with status 1 if a folder or a table is not in order
 
 Refuses a folder whose record.json departs from record.schema.json or from its own logs, and one
-that records/check.py does not pass. Where README.md has a place for it, the newest ablation is
-written from its logs too.
+that records/check.py does not pass. Where README.md has a place for it, the table of ablations is
+written from their logs too.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ablation import newest_folder, read_ablation
+from ablation import ablation_folders, read_series
 from ablation import render as render_ablation
 from check import TRACKS, cell
 from logs import LogError
@@ -107,19 +107,20 @@ def render(rows: dict[str, list[Row]]) -> dict[str, str]:
 
 
 def ablation_section(page: str) -> dict[str, str]:
-    """{"ablation": the newest ablation}, if the page has a place for one and there is one.
+    """{"ablation": the ablations}, if the page has a place for them and there are any.
 
-    RecordError if its logs make no fair table.
+    RecordError if their logs make no fair table.
     """
-    folder = newest_folder()
-    if folder is None or "<!-- ablation -->" not in page:
+    folders = ablation_folders()
+    if not folders or "<!-- ablation -->" not in page:
         return {}
-    place = folder.relative_to(RECORDS.parent).as_posix()
+    places = [folder.relative_to(RECORDS.parent).as_posix() for folder in folders]
     try:
-        content = render_ablation(read_ablation([folder]))
+        content = render_ablation(*read_series(folders))
     except LogError as error:
-        raise RecordError(f"{place}: {error}") from None
-    return {"ablation": f"{content}\nMade from the logs in [{place}]({place}).\n"}
+        raise RecordError(f"{' and '.join(places)}: {error}") from None
+    links = " and ".join(f"[{place}]({place})" for place in places)
+    return {"ablation": f"{content}\nMade from the logs in {links}.\n"}
 
 
 def fill(text: str, sections: dict[str, str]) -> str:

@@ -4,13 +4,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from record_logs import SOURCE, our_log, public_log, shard_lines, step_lines, write_logs
 
-from ablation import plot, read_ablation, render  # isort: skip  records/ is on the path from here on
+from ablation import plot, read_ablation, read_series, render  # isort: skip  records/ is on the path from here on
 from logs import LogError, read_log  # isort: skip
 
 SCREENING = ROOT / "records" / "measurements" / "2026-11-21_Screening"
@@ -311,24 +312,56 @@ def checkout(tmp_path) -> Path:
     return tmp_path / "checkout"
 
 
-def test_the_newest_folder_fills_the_page_and_a_stale_table_is_noticed(checkout):
+def pack(folder: Path, name: str, *texts: str) -> Path:
+    """An archive of logs called control-seed1.txt, log1.txt and so on."""
+    paths = write_logs(folder / name, *texts, script=None)
+    paths[0] = paths[0].rename(paths[0].with_name("control-seed1.txt"))
+    archive = folder / f"{name}.tar.xz"
+    with tarfile.open(archive, "w:xz") as file:
+        for path in paths:
+            file.add(path, f"{name}/{path.name}")
+    shutil.rmtree(folder / name)
+    return archive
+
+
+def test_archives_are_series_that_share_a_table_each_with_its_control(tmp_path):
+    """The second, of a slower GPU whose losses are 0.3 higher, has one change of the first."""
+    pack(tmp_path, "a", log(3.4), log(3.5, **NO_SWITCH), log(3.9, **LOW_RATE))
+    slow = dict(gpu="NVIDIA H100", step_time=1.0)
+    pack(tmp_path, "b", log(3.7, **slow), log(3.75, **LOW_RATE, **slow),
+         log(3.5, beta=0.9, gpu="NVIDIA H100", step_time=1.1))
+    text = render(*read_series([tmp_path]))
+    rows = [(row[0], row[1], row[3], row[4], row[5]) for row in table_of(text)]
+    assert rows == [
+        ("none: the control, control-seed1.txt, on NVIDIA H200", "1", "3.40000", "", "20.2 s"),
+        ("none: the control, control-seed1.txt, on NVIDIA H100", "2", "3.70000", "", "40.4 s"),
+        ("`batch_size`: 393216 -> 65536", "1", "3.50000", "+0.1000", "20.2 s (+0.0%)"),
+        ("`matrix_lr`: 0.05 -> 0.03", "2", "3.75000", "+0.0500", "40.4 s (+0.0%)"),
+        ("`beta`: absent -> 0.9", "2", "3.50000", "-0.2000", "44.4 s (+10.0%)")]
+    first = text.split("\n")[0]
+    assert "; NVIDIA H200 and NVIDIA H100; torch" in first
+    assert "2 series, each row compared with the control of its own" in first
+    assert command(tmp_path).stdout == text
+
+
+def test_all_folders_fill_the_page_and_a_stale_table_is_noticed(checkout):
     assert "there is no folder" in command(root=checkout).stderr
     command(name="table.py", root=checkout)
     assert "\nold\n" in (checkout / "README.md").read_text()
-    for day, loss in (("2026-12-01", 3.9), ("2026-12-02", 3.4)):
-        write_logs(checkout / "records" / "measurements" / f"{day}_Ablation", log(loss),
-                   log(3.5, **NO_SWITCH), log(3.2, **LOW_RATE), script=None)
+    places = [f"records/measurements/2026-12-0{day}_Ablation" for day in (1, 2)]
+    for place, loss in zip(places, (3.9, 3.4), strict=True):
+        pack(checkout / place, "logs", log(loss), log(3.5, **NO_SWITCH), log(3.2, **LOW_RATE))
     assert command("--check", name="table.py", root=checkout).returncode == 1
     done = command(name="table.py", root=checkout)
     assert done.returncode == 0 and "wrote README.md" in done.stdout
     assert command("--check", name="table.py", root=checkout).returncode == 0
     printed = command(root=checkout).stdout
-    assert len(table_of(printed)) == 3 and "3.40000" in printed
-    place = "records/measurements/2026-12-02_Ablation"
+    assert [row[4] for row in table_of(printed)] == ["", "", "+0.1000", "-0.2000"]
     assert (checkout / "README.md").read_text() == (
-        f"# Page\n\n<!-- ablation -->\n{printed}\nMade from the logs in [{place}]({place}).\n"
+        f"# Page\n\n<!-- ablation -->\n{printed}\nMade from the logs in "
+        f"[{places[0]}]({places[0]}) and [{places[1]}]({places[1]}).\n"
         f"<!-- end of ablation -->\n\nMore.\n")
-    write_logs(checkout / place, log(3.41), script=None)
+    pack(checkout / places[1], "more", log(3.41), log(3.6, **LOW_RATE))
     done = command("--check", name="table.py", root=checkout)
     assert done.returncode == 1 and "stale: README.md" in done.stderr
 
