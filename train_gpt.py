@@ -3559,6 +3559,8 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
             raise CollectiveError(f"{run_id} has ended already, at step {args.train_steps}; to "
                                   f"train it further: more --train_steps, and --resume_anyway")
         notes += checkpoint.notes + check_same_run(checkpoint.state, facts, args)
+        if checkpoint.notes and ranks.rank == 0:  # the damaged one is not to be kept instead
+            os.utime(checkpoint.folder)
     encoding = load_encoding() if args.sample_every else None
     is_new = on_first_rank(lambda: log.create(log_path, go_on=bool(checkpoint)), ranks)
 

@@ -443,9 +443,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(
     for path in checkpoints(whole)[5:]:
         shutil.rmtree(tmp_path / "logs" / "run" / path.name)
     spoil(tmp_path / "logs" / "run" / "step_000005" / file)
-    run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}")
+    run = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}", "--save_every=-1")
     same_end(run, whole)
     assert f"step_000005/{file}" in run.log and "resumed: step 4" in run.log
+    assert [path.name for path in checkpoints(run)] == ["step_000004", "step_000009"]  # both whole
     assert not (tmp_path / "exploded").exists()
 
 
