@@ -7,8 +7,8 @@ Runs whose hyper-parameters are equal, but for seeds, names and reports, share a
 is the one that --control names, else the one with a log called control*, else the one from which
 the others differ in the fewest hyper-parameters. An archive of logs is a series of its own, with a
 control of its own, so that another machine can add rows to the table; of a change that several
-series have, the last one counts. A time is that of a run whose steps all take as
-long as the median of their stage, because many runs share a machine in an ablation.
+series have, the last one counts. A time is that of a run whose steps all take as long as the median
+of their stage, because many runs share a machine in an ablation.
 
 Exit status: 0 if there is a table, 1 if not.
 """
@@ -157,11 +157,24 @@ def read_ablation(paths: Sequence[str | Path], control: str | None = None) -> Ab
 
 
 def read_series(paths: Sequence[str | Path], control: str | None = None) -> list[Ablation]:
-    """An ablation for each archive among these logs and folders, and one for all other logs."""
+    """An ablation for each archive among these logs and folders, and one for all other logs.
+
+    LogError if they make no fair table; the series may be of different GPUs.
+    """
     logs = find_logs(paths)
     archives = [[path] for path in logs if path.name.endswith(ARCHIVE)]
     others = [path for path in logs if not path.name.endswith(ARCHIVE)]
-    return [read_ablation(some, control) for some in [*([others] if others else []), *archives]]
+    series = [read_ablation(some, control) for some in [*([others] if others else []), *archives]]
+    first = series[0].control.runs[0]
+    for run in (ablation.control.runs[0] for ablation in series[1:]):
+        problems = [problem for problem in differences([first], [run])[0]
+                    if not problem.startswith("hardware")]
+        if run.train_steps != first.train_steps:
+            problems.append(f"steps: {first.train_steps} against {run.train_steps}")
+        if problems:
+            raise LogError(f"the controls {first.path} and {run.path} cannot share a table: "
+                           f"{'; '.join(problems)}; name one of the series only")
+    return series
 
 
 def changed_rows(series: Sequence[Ablation]) -> list[tuple[Ablation, Group]]:

@@ -344,6 +344,21 @@ def test_archives_are_series_that_share_a_table_each_with_its_control(tmp_path):
     assert command(tmp_path).stdout == text
 
 
+@pytest.mark.parametrize("header, problem", [
+    (dict(val_tokens=10_485_760), "val_tokens: 1048576 against 10485760"),
+    (dict(torch="2.12.0"), "torch: 2.11.0+cu130 against 2.12.0"),
+    (dict(lines=step_lines(steps=20)), "steps: 40 against 20"),
+])
+def test_series_of_other_runs_share_no_table(tmp_path, header, problem):
+    pack(tmp_path, "a", log(3.4), log(3.5, **NO_SWITCH))
+    pack(tmp_path, "b", *(our_log(**{"lines": step_lines()} | header | change)
+                          for change in ({}, LOW_RATE)))
+    done = command(tmp_path)
+    assert done.returncode == 1 and not done.stdout
+    assert "control-seed1.txt cannot share a table" in done.stderr and problem in done.stderr
+    assert command(tmp_path / "b.tar.xz").returncode == 0
+
+
 def test_all_folders_fill_the_page_and_a_stale_table_is_noticed(checkout):
     assert "there is no folder" in command(root=checkout).stderr
     command(name="table.py", root=checkout)
