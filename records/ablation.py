@@ -29,8 +29,9 @@ from logs import ARCHIVE, LogError, Run, find_logs, read_logs
 from record import RECORDS
 from significance import Welch, sample_std, welch
 
-# Names, the claim, and validations, for which the clock stands still, do not change the training.
-LABELS = {"track", "recipe", "data_path", "target", "token_budget", "val_loss_every"}
+# Names, the claim, and that for which the clock stands still do not change the training.
+LABELS = {"track", "recipe", "data_path", "target", "token_budget", "val_loss_every",
+          "sample_every", "save_every", "save_on_exit"}
 FINEWEB = {"fineweb": "FineWeb", "sample": "this repository's sample of FineWeb"}
 COLUMNS = "seeds", "val_loss", "against the control", "time", "tokens/s", "peak MiB"
 

@@ -117,9 +117,9 @@ def test_seeds_names_folders_and_reports_make_no_row(tmp_path):
     paths = write_logs(tmp_path, log(3.0, **LOW_RATE), *(
         log(3.0 + seed / 10, seed, **{name: f"other {seed}"}) for seed, name in enumerate(
             ("run_id", "log_dir", "log_every", "data_path", "recipe", "wandb_name",
-             "val_loss_every", "target"), start=1)))
+             "val_loss_every", "target", "sample_every", "save_every"), start=1)))
     rows = table_of(render(read_ablation(paths, "log1")))
-    assert [row[1] for row in rows] == ["8", "1"]
+    assert [row[1] for row in rows] == ["10", "1"]
 
 
 def test_switches_that_change_together_stand_in_one_row_with_absent_and_empty_values(tmp_path):
