@@ -5,8 +5,8 @@
     ./run.sh miniseries --logs FOLDER                       # tells of logs that are there
 
 Each recipe is trained at each --depth, to each --ratio of training tokens per weight; the dial of
-train_gpt.py sets the rest. The first recipe is measured against the last. Compute is 6 x weights in
-matrix products x training tokens, in FLOP, attention left out. The law is E + A / weights^a +
+train_gpt.py sets the rest. The last recipe is measured against the others. Compute is 6 x weights
+in matrix products x training tokens, in FLOP, attention left out. The law is E + A / weights^a +
 B / tokens^b (Hoffmann et al. 2022), fitted by least squares to the final val_loss; where weights
 and tokens share the compute best, it gives the loss that a recipe can reach with it.
 
@@ -76,7 +76,10 @@ class Law(NamedTuple):
 
 
 def read_series(paths: Sequence[str | Path]) -> list[Point]:
-    """The runs of the dial, by recipe, depth and ratio. LogError if one is another kind of run."""
+    """The runs of the dial, by recipe, in the order of the logs, by depth and by ratio.
+
+    LogError if one is another kind of run.
+    """
     points = []
     runs = read_logs(paths)
     for rule in (check.is_complete, check.is_finite, check.has_times):
@@ -93,7 +96,8 @@ def read_series(paths: Sequence[str | Path]) -> list[Point]:
             raise LogError(f"{run.name} was not trained with --depth; name the other logs only")
         points.append(Point(given["recipe"], depth, float(given["target_param_data_ratio"]),
                             int(weights.replace(",", "")), run.train_tokens, run))
-    return sorted(points, key=lambda point: point[:3])
+    recipes = [point.recipe for point in points]
+    return sorted(points, key=lambda point: (recipes.index(point.recipe), *point[1:3]))
 
 
 def spans(points: list[Point]) -> bool:

@@ -80,6 +80,16 @@ def test_the_table_tells_all_runs_the_laws_and_the_speed_up(tmp_path):
     assert (tmp_path / "it.png").stat().st_size > 10_000
 
 
+def test_the_last_recipe_is_measured_against_the_others_whatever_their_names(tmp_path):
+    logs = write_logs(tmp_path, *(series_log(recipe, depth, ratio)
+                                  for ratio in (5.0, 10.0) for depth in (4, 6)
+                                  for recipe in ("record", "modern")))
+    points = read_series(logs)
+    assert [point[:3] for point in points[:2]] == [("record", 4, 5.0), ("record", 4, 10.0)]
+    text = render(points)
+    assert "`modern` at the final loss of `record`" in text and "`record` at" not in text
+
+
 def test_without_a_law_the_table_says_why(tmp_path):
     points = series(tmp_path, "baseline")
     assert "takes three sizes" in render([p for p in points if p.depth == points[0].depth])
