@@ -516,6 +516,8 @@ def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) ->
             if overrides.get("run_id", run_id) != run_id:
                 parser.error(f"--resume goes on as {run_id}: leave out --run_id, or copy "
                              f"{folder.parent} and its log to the other name")
+            if "batch_size" in overrides:  # as in `new_hyperparameters`
+                here["batch_stages"] = ""
             return Hyperparameters(**saved | here | overrides)
         except RunError as error:
             problems.append(str(error))
@@ -542,11 +544,17 @@ def find_problem(args: Hyperparameters) -> str | None:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
     for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start", "depth",
                  "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
-                 "attention_softcap", "grad_clip"):
+                 "attention_softcap", "grad_clip", "bigram_rows"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
-    if args.target_param_data_ratio <= 0:
-        return f"--target_param_data_ratio must be above 0, got {args.target_param_data_ratio}"
+    for name in ("target_param_data_ratio", "rotary_base"):
+        if getattr(args, name) <= 0:
+            return f"--{name} must be above 0, got {getattr(args, name)}"
+    for name in ("adam_beta1", "adam_beta2", "muon_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            return f"--{name} must be at least 0 and below 1, got {getattr(args, name)}"
+    if args.tokens_ahead > args.row_length:
+        return f"--tokens_ahead {args.tokens_ahead} is more than --row_length {args.row_length}"
     for name in ("save_every", "sample_every"):
         if getattr(args, name) < -1:
             return f"--{name} must be -1 or more, got {getattr(args, name)}"
@@ -1350,7 +1358,9 @@ class Float8MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, up_ED, projection_DE, bound, bound_y):
-        x, up, projection = float8(x_ND, bound), float8(up_ED), float8(projection_DE)
+        # By way of the dtype of x, as in `linear`: all that ranks know of each other's weights.
+        x, *weights = float8(x_ND, bound), up_ED.type_as(x_ND), projection_DE.type_as(x_ND)
+        up, projection = map(float8, weights)
         y = relu2_linear_float8(x, up, bound_y)
         ctx.save_for_backward(*y, *x[:2], *up[:2], *projection[:2])
         return product(y, projection, x_ND.dtype)
@@ -1527,7 +1537,7 @@ class MLP(nn.Module):
         """
         bound_y = None
         if self.fp8:
-            bound_y = bound * self.up.detach().norm(dim=-1).amax()
+            bound_y = bound * self.up.detach().type_as(x_BTD).float().norm(dim=-1).amax()
             bound_y = bound_y if self.activation in ("relu", "gelu", "silu") else bound_y**2
         if self.fp8_gradients:
             x_ND = x_BTD.flatten(0, -2)
@@ -2297,8 +2307,11 @@ def build_optimizers(
                     "pair" if kind == "bigram" else "" if "position" in name else "token"))
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
-        # That of the passes, but for scalars, which they use in 32 bits.
-        sent = torch.float32 if kind == "scalar" or world_size == 1 else getattr(torch, args.dtype)
+        # What the passes round it to, or a rank would compute with other bits than the owner.
+        has_all_bits = kind == "scalar" or world_size == 1 or (
+            name.removesuffix("embed.weight") in ("", "bigram_", "position_")
+            and (args.residual_dtype == "float32" or args.learned_positions))
+        sent = torch.float32 if has_all_bits else getattr(torch, args.dtype)
         group = groups.setdefault(key, dict(params=[], lr=lrs[kind], sent_dtype=sent) | units)
         group["params"].append((name, p))
 
@@ -2731,7 +2744,9 @@ class Progress:
 
     def load_state(self, state: dict) -> None:
         self.marks.append("resumed")
-        self.train_losses, self.reached = state["train_losses"], state["reached"]
+        self.train_losses = state["train_losses"]
+        if state["hyperparameters"].get("target") == self.args.target:
+            self.reached = state["reached"]
         self.val_losses = [tuple(pair) for pair in state["val_losses"]]
         self.tokens = sum(map(self.args.batch_size_at, range(len(self.train_losses))))
         if self.bar is not None:

@@ -229,6 +229,15 @@ def test_the_first_validation_under_the_target_is_still_the_one_after_going_on(t
     assert "at step 9" not in reached
     again = go_on(tmp_path / "b", run, 8, *options[len(OPTIONS) :])
     assert pattern.findall(again.log) == [reached] * 2
+    lower = go_on(tmp_path / "c", run, 8, *options[len(OPTIONS) :], "--target=1", "--resume_anyway")
+    assert "target 1.0 of track sample not reached" in lower.log
+
+
+def test_a_batch_size_takes_the_place_of_the_stages_of_the_run(whole):
+    options = ["--resume=run", f"--log_dir={whole.path.parent}"]
+    assert train_gpt.parse_hyperparameters(options).stage_batch_sizes == [256, 256, 512]
+    args = train_gpt.parse_hyperparameters([*options, "--batch_size=512"])
+    assert args.stage_batch_sizes == [512]
 
 
 def test_the_clock_stands_still_while_a_checkpoint_is_made(tmp_path, data):

@@ -388,6 +388,11 @@ WRONG_SIZES = [
     ("--window_start 0 --window_end 256", ["--window_start 0", "--window_end 256"]),
     ("--window_start 256 --window_end 0", ["--window_start 256", "--window_end 0"]),
     ("--window_start -300", ["--window_start"]),
+    ("--bigram_rows -1", ["--bigram_rows"]),
+    ("--rotary_base 0", ["--rotary_base"]),
+    ("--tokens_ahead 65 --row_length 64", ["--tokens_ahead 65", "--row_length 64"]),
+    *((f"--{name} {value}", [f"--{name}"]) for name in ("adam_beta1", "adam_beta2", "muon_beta2")
+      for value in (-0.1, 1)),
     *((f"--{name} {value}", [f"--{name}"])
       for name in ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
                    "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",

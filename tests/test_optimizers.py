@@ -308,15 +308,20 @@ def training_args(**overrides):
     return tiny_args(**settings | overrides)
 
 
-def train_on(ranks, args, shard):
-    """Losses, and the model and the optimizers after training on a shard."""
+def train_on(ranks, args, shard, gathers=False):
+    """Losses, and the model and the optimizers after training on a shard.
+
+    If it `gathers`, then after each step, as for validations.
+    """
     torch.manual_seed(7)
     model = GPT(args)
     optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
-    losses = [
-        train_step(model, optimizers, batches, step, args, ranks, exchanges=exchanges)
-        for step, (batches, exchanges) in enumerate(train_batches([shard], args, ranks))
-    ]
+    losses = []
+    for step, (batches, exchanges) in enumerate(train_batches([shard], args, ranks)):
+        losses.append(train_step(model, optimizers, batches, step, args, ranks,
+                                 exchanges=exchanges))
+        for optimizer in optimizers if gathers else []:
+            optimizer.gather()
     assert len(losses) == args.train_steps
     return torch.stack(losses), model, optimizers
 
@@ -455,6 +460,23 @@ def test_ranks_send_what_products_round_to_and_keep_all_bits_of_what_they_own(sh
     assert is_exact == [True, True, False]
     rounded = whole["blocks.2.mlp.up"].bfloat16().float()
     assert torch.equal(used["blocks.2.mlp.up"], rounded)
+
+
+IN_16_BITS = [dict(residual_dtype="bfloat16"), dict(residual_dtype="float32", tied_head=True),
+              dict(residual_dtype="bfloat16", learned_positions=True),
+              dict(model_dim=32, mlp_ratio=4, fp8_blocks=True, fp8_gradients=True)]
+
+
+def losses_without_and_with_gathering(ranks, shard):
+    args = [training_args(dtype="bfloat16", bigram_rows=31, **some) for some in IN_16_BITS]
+    return [[train_on(ranks, some, shard, gathers)[0] for gathers in (False, True)]
+            for some in args]
+
+
+def test_what_is_gathered_for_a_validation_does_not_change_the_training(shard, tmp_path):
+    for found in run_ranks(losses_without_and_with_gathering, 2, tmp_path / "ranks", shard):
+        for settings, (without, gathered) in zip(IN_16_BITS, found, strict=True):
+            assert torch.equal(without, gathered), settings
 
 
 def test_the_sizes_of_these_tests_do_not_share_out_evenly():
