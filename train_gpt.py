@@ -27,15 +27,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from queue import Queue
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -1010,24 +1009,12 @@ def train_batches(
 
 def prefetch(items: Iterable, depth: int = 2) -> Iterator:
     """The same items, made `depth` ahead in a thread; an error there is raised here."""
-    queue, end = Queue(maxsize=depth), object()
-
-    def work():
-        try:
-            for item in items:
-                queue.put((item, None))
-            queue.put((end, None))
-        except BaseException as error:  # raised by the consumer
-            queue.put((end, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        item, error = queue.get()
-        if error is not None:
-            raise error
-        if item is end:
-            return
-        yield item
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as maker:
+        ahead = deque(maker.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(maker.submit(next, items, end))
+            yield item
 
 
 def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -> MicroBatch:
