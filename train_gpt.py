@@ -1184,17 +1184,21 @@ def norm(x: Tensor, eps: float, gain: Tensor | None = None) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), gain, eps)
 
 
+def parameter(*shape: int, when: bool = True) -> nn.Parameter | None:
+    """A float32 parameter that `GPT.reset_parameters` fills; None unless `when`."""
+    return nn.Parameter(torch.empty(shape)) if when else None
+
+
 class Norm(nn.Module):
     """`norm`, or LayerNorm (Ba et al. 2016), as `args` say."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.eps, self.kind, self.gain, self.bias = args.norm_eps, args.block_norm, None, None
+        self.eps, self.kind = args.norm_eps, args.block_norm
         self.largest = args.model_dim**0.5  # number of a normalised vector
-        if args.norm_gain:
-            self.gain = nn.Parameter(torch.empty(args.model_dim))
-            if args.bias and self.kind == "layernorm":
-                self.bias = nn.Parameter(torch.empty(args.model_dim))
+        has_bias = args.norm_gain and args.bias and self.kind == "layernorm"
+        self.gain = parameter(args.model_dim, when=args.norm_gain)
+        self.bias = parameter(args.model_dim, when=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gain, bias = (None if p is None else p.type_as(x) for p in (self.gain, self.bias))
@@ -1455,19 +1459,14 @@ class CausalSelfAttention(nn.Module):
         self.attention = attention
         # Of each head of keys: its queries, the keys, the values (Ainslie et al. 2023).
         parts = args.num_heads // args.kv_heads + 2
-        self.qkv = nn.Parameter(torch.empty(parts, args.kv_width, args.model_dim))
-        self.projection = nn.Parameter(torch.empty(args.model_dim, args.attention_width))
-        self.qkv_bias = self.projection_bias = self.qk_length = None
-        if args.bias:
-            self.qkv_bias = nn.Parameter(torch.empty(parts * args.kv_width))
-            self.projection_bias = nn.Parameter(torch.empty(args.model_dim))
-        if args.qk_norm == "l2":
-            self.qk_length = nn.Parameter(torch.empty(args.num_heads))
-        if has_value_embedding:
-            self.value_lambdas = nn.Parameter(torch.empty(2))
-        self.gate = None
-        if args.attention_gate:  # a few dimensions suffice to decide
-            self.gate = nn.Parameter(torch.empty(args.num_heads, min(12, args.model_dim)))
+        self.qkv = parameter(parts, args.kv_width, args.model_dim)
+        self.projection = parameter(args.model_dim, args.attention_width)
+        self.qkv_bias = parameter(parts * args.kv_width, when=args.bias)
+        self.projection_bias = parameter(args.model_dim, when=args.bias)
+        self.qk_length = parameter(args.num_heads, when=args.qk_norm == "l2")
+        self.value_lambdas = parameter(2, when=has_value_embedding)
+        gate_inputs = min(12, args.model_dim)  # a few dimensions suffice to decide
+        self.gate = parameter(args.num_heads, gate_inputs, when=args.attention_gate)
 
     def forward(
         self, x_BTD, bound, rotary, batch, window, value_embedding_BTD, is_first_BT, memory=None
@@ -1511,12 +1510,10 @@ class MLP(nn.Module):
         if args.activation == "swiglu":
             hidden = max(1, round(hidden * 2 / 3 / 16)) * 16  # as many weights as without the gate
         has_gate = args.activation.startswith("swiglu")
-        self.up = nn.Parameter(torch.empty(*[2] * has_gate, hidden, args.model_dim))
-        self.projection = nn.Parameter(torch.empty(args.model_dim, hidden))
-        self.up_bias = self.projection_bias = None
-        if args.bias:
-            self.up_bias = nn.Parameter(torch.empty(self.up[..., 0].numel()))
-            self.projection_bias = nn.Parameter(torch.empty(args.model_dim))
+        self.up = parameter(*[2] * has_gate, hidden, args.model_dim)
+        self.projection = parameter(args.model_dim, hidden)
+        self.up_bias = parameter(self.up[..., 0].numel(), when=args.bias)
+        self.projection_bias = parameter(args.model_dim, when=args.bias)
 
     def forward(self, x_BTD: Tensor, bound) -> Tensor:
         """`bound`: the largest that |x| can be; and no product with a row of weights is larger
@@ -1551,7 +1548,7 @@ class Block(nn.Module):
         self.attn_norm, self.mlp_norm = Norm(args), Norm(args)
         self.attn_scale = args.attention_output_scale
         self.dtype = getattr(torch, args.dtype)
-        self.residual_lambdas = nn.Parameter(torch.empty(2)) if args.embed_shortcut else None
+        self.residual_lambdas = parameter(2, when=args.embed_shortcut)
 
     def forward(
         self, x_BTD, x0_BTD, rotary, batch, windows, value_embedding_BTD, is_first_BT, memory=None
@@ -1599,13 +1596,11 @@ class GPT(nn.Module):
         self.mixed = set()  # blocks whose outputs are mixed into the last one's
         if args.output_mixing:
             self.mixed = {1, L // 2 - 1, L - 3} & set(range(L - 1))
-            self.mixing_up = nn.Parameter(torch.empty(64, args.model_dim))
-            self.mixing_down = nn.Parameter(torch.empty(1 + len(self.mixed), 64))
-        has_skips = args.skip_connections and L > 1
-        self.skip_lambdas = nn.Parameter(torch.empty(L // 2)) if has_skips else None
-        head_shape = args.vocab_size, args.model_dim
+            self.mixing_up = parameter(64, args.model_dim)
+            self.mixing_down = parameter(1 + len(self.mixed), 64)
+        self.skip_lambdas = parameter(L // 2, when=args.skip_connections and L > 1)
         has_head = not args.tied_head or args.untie_frac > 0
-        self.head = nn.Parameter(torch.empty(head_shape)) if has_head else None
+        self.head = parameter(args.vocab_size, args.model_dim, when=has_head)
         bias = torch.zeros(args.vocab_size) if args.unigram_power else None
         self.register_buffer("logit_bias", bias)
         self.reset_parameters()
