@@ -1619,27 +1619,24 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise each parameter by its name; RunError names one that nobody thought of."""
         for name, p in self.named_parameters():
-            fan_in_bound = p.size(-1) ** -0.5  # nn.Linear's default
-            if name.endswith("projection") or name == "head":
-                if self.args.zero_init_projections:
-                    p.zero_()
-                else:
-                    p.uniform_(-fan_in_bound, fan_in_bound)
-            elif name.endswith(("qkv", "up")) or (name == "embed.weight" and self.args.tied_head):
-                p.uniform_(-fan_in_bound, fan_in_bound)
+            is_output = name.endswith("projection") or name == "head"
+            if is_output and self.args.zero_init_projections:
+                p.zero_()
+            elif (is_output or name.endswith(("qkv", "up"))
+                  or name == "embed.weight" and self.args.tied_head):
+                bound = p.size(-1) ** -0.5  # nn.Linear's default
+                p.uniform_(-bound, bound)
             elif name == "embed.weight" or name.startswith("value_embeds"):
                 p.normal_()
             elif (name in ("bigram_embed.weight", "position_embed.weight", "mixing_down")
                   or name.endswith(("gate", "bias"))):
                 p.zero_()
-            elif name.endswith(("gain", "qk_length")):
+            elif name.endswith(("gain", "qk_length", "skip_lambdas")):
                 p.fill_(1.0)
             elif name.endswith("value_lambdas"):
                 p.fill_(0.5)
             elif name.endswith("residual_lambdas"):
                 p.copy_(torch.tensor([1.0, 0.05 if self.args.bigram_rows else 0.0]))
-            elif name == "skip_lambdas":
-                p.fill_(1.0)
             else:
                 raise RunError(f"parameter {name} is not initialised: add it to reset_parameters")
         if self.args.untie_frac:
