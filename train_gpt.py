@@ -620,12 +620,9 @@ def find_problem(args: Hyperparameters) -> str | None:
 
 def reasons_not_a_record(args: Hyperparameters, world_size: int) -> list[str]:
     """Where a run departs from the claim of its track; empty: it may be a record."""
-    claim = {name: value for name, value in TRACKS[args.track].items() if name != "recipe"}
-    reasons = [
-        f"{name} is {getattr(args, name)} instead of {value}"
-        for name, value in claim.items()
-        if getattr(args, name) != value
-    ]
+    reasons = [f"{name} is {getattr(args, name)} instead of {value}"
+               for name, value in TRACKS[args.track].items()
+               if name != "recipe" and getattr(args, name) != value]
     if args.track == "single-gpu" and world_size > 1:
         reasons.append(f"it runs on {world_size} GPUs instead of 1")
     return reasons
