@@ -476,7 +476,8 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     args = dataclasses.replace(args, **overrides)
     if find_problem(dataclasses.replace(args, train_steps=1)):
         return args
-    tokens = args.target_param_data_ratio * weights_in_products(args)
+    with torch.device("meta"):
+        tokens = args.target_param_data_ratio * GPT(args).active_weights
     if "batch_stages" not in overrides:
         growth = 2.0 ** round(0.383 * math.log2(tokens / recipe.train_tokens))
         rows = [max(1, round(growth * size / args.row_length)) for size in args.stage_batch_sizes]
@@ -495,12 +496,6 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
         rate = args.matrix_lr * (batch / batch_before) ** args.batch_lr_power
         decay *= recipe.matrix_lr * recipe.train_steps / (rate * steps)
     return dataclasses.replace(args, **dict(train_steps=steps, weight_decay=decay) | overrides)
-
-
-def weights_in_products(args: Hyperparameters) -> int:
-    """Weights of the matrix products of each token, the head's among them."""
-    with torch.device("meta"):
-        return GPT(args).active_weights
 
 
 def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) -> Hyperparameters:
@@ -1610,6 +1605,7 @@ class GPT(nn.Module):
 
     @property
     def active_weights(self) -> int:
+        """With the head's."""
         return self.matrix_weights + self.head_weight.numel()
 
     @torch.no_grad()
