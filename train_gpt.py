@@ -1658,8 +1658,7 @@ class GPT(nn.Module):
             raise RunError("a model of --masked_share predicts hidden tokens, and none that "
                            "follows; train one without it")
         weight = pad_vocabulary(self.head_weight.to(x_ND.dtype))
-        return final_logits(x_ND, weight, self.args.vocab_size, self.logit_bias,
-                            self.args.logit_softcap, self.args.softcap_kind)
+        return final_logits(x_ND, weight, self.args.vocab_size, self.logit_bias, self.args)
 
     def hidden(self, batch: MicroBatch, windows: tuple[int, int], memory=None) -> Tensor:
         """What the head is multiplied with, (B, T, D), RMS-normalised, in `dtype`.
@@ -1747,18 +1746,16 @@ def linear_cross_entropy(
     weight = pad_vocabulary(weight_VD.to(x_ND.dtype))
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     for x, targets in split(args.loss_chunk_size, x_ND, targets_NK[:, :1]):
-        logits = final_logits(x, weight, len(weight_VD), offsets_V, args.logit_softcap,
-                              args.softcap_kind)
+        logits = final_logits(x, weight, len(weight_VD), offsets_V, args)
         losses = log_total(logits, args.logit_softcap) - pick(logits, targets.clamp_min(0))
         total = total + (losses * (targets >= 0) if args.masked_share else losses).sum()
     return total
 
 
-def final_logits(
-    x_ND, padded_WD, vocab_size: int, offsets_V: Tensor | None, softcap: float, kind: str = "tanh"
-) -> Tensor:
+def final_logits(x_ND, padded_WD, vocab_size: int, offsets_V, args: Hyperparameters) -> Tensor:
     """Logits of the vocabulary, (N, V), float32, capped, and with the offsets if there are any."""
-    logits = capped(product(x_ND, padded_WD, x_ND.dtype)[:, :vocab_size], softcap, kind)
+    logits = product(x_ND, padded_WD, x_ND.dtype)[:, :vocab_size]
+    logits = capped(logits, args.logit_softcap, args.softcap_kind)
     return logits if offsets_V is None else logits + offsets_V
 
 
