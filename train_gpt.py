@@ -1747,7 +1747,8 @@ def linear_cross_entropy(
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     for x, targets in split(args.loss_chunk_size, x_ND, targets_NK[:, :1]):
         logits = final_logits(x, weight, len(weight_VD), offsets_V, args)
-        losses = log_total(logits, args.logit_softcap) - pick(logits, targets.clamp_min(0))
+        of_target = logits.gather(1, targets.clamp_min(0).long())
+        losses = log_total(logits, args.logit_softcap) - of_target
         total = total + (losses * (targets >= 0) if args.masked_share else losses).sum()
     return total
 
@@ -1852,7 +1853,7 @@ def cross_entropy(
     z = capped(logits_NV[:, :vocab_size], softcap, kind)
     y = z if offsets_V is None else z + offsets_V
     total, has_target = log_total(y, softcap), targets_NK >= 0
-    losses = (total - pick(y, targets_NK[:, :1].clamp_min(0))) * has_target[:, :1]
+    losses = (total - y.gather(1, targets_NK[:, :1].clamp_min(0).long())) * has_target[:, :1]
     vocabulary, weights_NK = torch.arange(vocab_size, device=z.device), ahead_K * has_target
     grad = (y - total).exp_().mul_(weights_NK.sum(1, keepdim=True))
     for k, weight in enumerate(ahead_K.unbind()):
@@ -1884,10 +1885,6 @@ def log_total(z_NV: Tensor, softcap: float) -> Tensor:
     if softcap:
         return z_NV.exp().sum(-1, keepdim=True).log()
     return torch.logsumexp(z_NV, dim=-1, keepdim=True)
-
-
-def pick(z_NV: Tensor, targets_N1: Tensor) -> Tensor:
-    return z_NV.gather(1, targets_N1.long())
 
 
 def pad_vocabulary(weight_VD: Tensor) -> Tensor:
