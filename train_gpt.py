@@ -1018,11 +1018,9 @@ def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -
     inputs, targets = (torch.randint(args.vocab_size, shape, generator=generator).int()
                        for _ in range(2))
     max_length = args.max_train_length if training else args.max_val_length
-    cu_seqlens = torch.arange(0, num_tokens + 1, max_length, dtype=torch.int32)
-    if cu_seqlens[-1] < num_tokens:
-        cu_seqlens = torch.cat([cu_seqlens, torch.tensor([num_tokens], dtype=torch.int32)])
-    return MicroBatch(inputs, targets, cu_seqlens, max_length, not args.document_masking,
-                      is_causal=not args.masked_share)
+    starts = torch.arange(0, num_tokens, max_length, dtype=torch.int32)
+    return MicroBatch(inputs, targets, F.pad(starts, (0, 1), value=num_tokens), max_length,
+                      not args.document_masking, is_causal=not args.masked_share)
 
 
 # -----------------------------------------------------------------------------
