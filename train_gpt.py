@@ -919,16 +919,12 @@ def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> 
     RunError if one of them is bad.
     """
     shards = []
-
-    def are_enough() -> bool:
-        if training:
-            return count_steps(shards, args) >= args.train_steps
-        return sum(shard.num_rows for shard in shards) >= args.val_tokens // args.max_val_length
-
+    enough = args.train_steps if training else args.val_tokens // args.max_val_length
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for info in pool.map(lambda path: inspect_shard(path, args, training), paths):
             shards.append(info)
-            if are_enough():
+            held = count_steps(shards, args) if training else sum(s.num_rows for s in shards)
+            if held >= enough:
                 break
         pool.shutdown(cancel_futures=True)
     return shards
