@@ -3173,12 +3173,6 @@ class Checkpoints:
             shutil.rmtree(old.rename(aside))
         return path
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.finish()
-
     def look(self) -> None:
         """Log what became of the checkpoint that was being written, if that is known."""
         if self.writing and self.writing.done():
@@ -3580,7 +3574,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
         bias = args.unigram_power * log_frequencies(train_shards[0].path, args.vocab_size)
         model.logit_bias.copy_(bias)
     stop.waits = args.save_on_exit
-    with checkpoints:
+    try:
         for step in range(first_step, args.train_steps + 1):
             is_last, is_stopped = step == args.train_steps, progress.stop_votes > 0
             validates = is_due(step, args.val_loss_every or -1, args)
@@ -3611,6 +3605,8 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
                               exchanges)
             progress.queued(stop.add_votes(loss, ranks))
             checkpoints.look()
+    finally:
+        checkpoints.finish()
     if is_last or not is_stopped:
         check_ranks_agree(model, ranks)
         progress.summarize(peak_memory(ranks.device))
