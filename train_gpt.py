@@ -2746,9 +2746,6 @@ class Progress:
             print(f"step {step}/{self.args.train_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
                   f"{left:.0f} s left", flush=True)
 
-    def has_validated(self, step: int) -> bool:
-        return bool(self.val_losses) and self.val_losses[-1][0] == step
-
     def validated(self, step: int, val_loss: float) -> None:
         self.check_finite("val_loss", val_loss, step)
         self.val_losses.append((step, val_loss))
@@ -3586,7 +3583,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
                 for optimizer in optimizers:
                     optimizer.gather()
                 windows, is_early = attention_windows(step, args), False
-                if validates and not progress.has_validated(step):
+                if validates and step not in dict(progress.val_losses):  # before it was resumed
                     progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
                 if samples and ranks.rank == 0:
                     text = write_sample(model, windows, encoding, args.seed)
