@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -892,25 +893,21 @@ def rows_of_steps(num_rows: int, step: int, args: Hyperparameters) -> list[range
     return steps
 
 
-def count_steps(shards: list["ShardInfo"], args: Hyperparameters) -> int:
-    """Steps that the shards hold."""
-    steps = 0
+def first_steps(shards: list[ShardInfo], args: Hyperparameters) -> list[int]:
+    """The step that each shard begins with, and last how many steps all of them hold."""
+    steps = [0]
     for shard in shards:
-        steps += len(rows_of_steps(shard.num_rows, steps, args))
+        steps.append(steps[-1] + len(rows_of_steps(shard.num_rows, steps[-1], args)))
     return steps
 
 
 def skip_shards(
-    shards: list["ShardInfo"], first_step: int, args: Hyperparameters
-) -> tuple[list["ShardInfo"], int]:
-    """The shards from the one that `first_step` reads, and the step that this one begins with."""
-    step = 0
-    for i, shard in enumerate(shards):
-        steps = len(rows_of_steps(shard.num_rows, step, args))
-        if step + steps > first_step:
-            return shards[i:], step
-        step += steps
-    return [], step
+    shards: list[ShardInfo], step: int, args: Hyperparameters
+) -> tuple[list[ShardInfo], int]:
+    """The shards from the one that `step` reads, and the step that this one begins with."""
+    first = first_steps(shards, args)
+    i = bisect_right(first, step) - 1
+    return shards[i:], first[i]
 
 
 def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> list[ShardInfo]:
@@ -923,7 +920,7 @@ def inspect_enough(paths: list[Path], args: Hyperparameters, training: bool) -> 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for info in pool.map(lambda path: inspect_shard(path, args, training), paths):
             shards.append(info)
-            held = count_steps(shards, args) if training else sum(s.num_rows for s in shards)
+            held = first_steps(shards, args)[-1] if training else sum(s.num_rows for s in shards)
             if held >= enough:
                 break
         pool.shutdown(cancel_futures=True)
@@ -952,7 +949,7 @@ def plan_data(args: Hyperparameters) -> tuple[list[ShardInfo], list[ShardInfo]]:
         raise RunError(f"validation needs {args.val_tokens:,} tokens and one more, but {folder} "
                        f"holds {val_tokens:,} in whole rows; fetch the whole val shard, or lower "
                        f"--val_tokens (not a record)")
-    steps = count_steps(train, args)
+    steps = first_steps(train, args)[-1]
     if steps < args.train_steps:
         if steps == 0:
             raise RunError(f"a step of {args.stage_batch_sizes[0]:,} tokens fits in none of the "
