@@ -1331,8 +1331,8 @@ class Float8MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, up_ED, projection_DE, bound, bound_y):
         # By way of the dtype of x, as in `linear`: all that ranks know of each other's weights.
-        x, *weights = float8(x_ND, bound), up_ED.type_as(x_ND), projection_DE.type_as(x_ND)
-        up, projection = map(float8, weights)
+        x, up = float8(x_ND, bound), float8(up_ED.type_as(x_ND))
+        projection = float8(projection_DE.type_as(x_ND))
         y = relu2_linear_float8(x, up, bound_y)
         ctx.save_for_backward(*y, *x[:2], *up[:2], *projection[:2])
         return product(y, projection, x_ND.dtype)
