@@ -1330,9 +1330,7 @@ class Float8MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, up_ED, projection_DE, bound, bound_y):
-        # By way of the dtype of x, as in `linear`: all that ranks know of each other's weights.
-        x, up = float8(x_ND, bound), float8(up_ED.type_as(x_ND))
-        projection = float8(projection_DE.type_as(x_ND))
+        x, up, projection = float8(x_ND, bound), float8(up_ED), float8(projection_DE)
         y = relu2_linear_float8(x, up, bound_y)
         ctx.save_for_backward(*y, *x[:2], *up[:2], *projection[:2])
         return product(y, projection, x_ND.dtype)
@@ -1502,7 +1500,7 @@ class MLP(nn.Module):
         """
         bound_y = None
         if self.fp8:
-            bound_y = bound * self.up.detach().type_as(x_BTD).float().norm(dim=-1).amax()
+            bound_y = bound * self.up.detach().norm(dim=-1).amax()
             bound_y = bound_y if self.activation in ("relu", "gelu", "silu") else bound_y**2
         if self.fp8_gradients:
             x_ND = x_BTD.flatten(0, -2)
@@ -2262,7 +2260,8 @@ def build_optimizers(
                     "pair" if kind == "bigram" else "" if "position" in name else "token"))
         elif kind == "matrix" and args.optimizer == "muon":
             groups, key = muon_groups, p.shape[-2:]
-        # What the passes round it to, or a rank would compute with other bits than the owner.
+        # What the passes round it to, or a rank would compute with other bits than the owner; in
+        # 8-bit floats it does, which rounds a little otherwise.
         has_all_bits = kind == "scalar" or world_size == 1 or (
             name.removesuffix("embed.weight") in ("", "bigram_", "position_")
             and (args.residual_dtype == "float32" or args.learned_positions))
