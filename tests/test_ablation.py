@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT
 from record_logs import SOURCE, our_log, public_log, shard_lines, step_lines, write_logs
 
-from ablation import plot, read_ablation, read_series, render  # isort: skip  records/ is on the path from here on
+# records/ is on the path from here on.
+from ablation import plot, read_ablation, read_series, render  # isort: skip
 from logs import LogError, read_log  # isort: skip
 
 SCREENING = ROOT / "records" / "measurements" / "2026-11-21_Screening"
