@@ -418,6 +418,8 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
         if not tokens.isdecimal():
             parser.error(f"--total_batch_size must be auto or a number of tokens, got {tokens!r}")
         overrides["batch_size"] = int(tokens)
+    if "batch_size" in overrides:  # it is asked for in place of the stages of the recipe or run
+        overrides.setdefault("batch_stages", "")
     if overrides.get("resume"):
         args = resumed_hyperparameters(overrides, parser)
     else:
@@ -432,13 +434,11 @@ def new_hyperparameters(overrides: dict) -> Hyperparameters:
     default_track = "single-gpu" if torch.cuda.is_available() else "sample"
     track = overrides.get("track", default_track)
     recipe = overrides.get("recipe") or default_recipe(track)
-    names = dict(track=track, recipe=recipe)
-    if "batch_size" in overrides:  # it is asked for in place of the recipe's stages
-        names["batch_stages"] = overrides.get("batch_stages", "")
-    args, overrides = Hyperparameters(**RECIPES[recipe] | TRACKS[track]), overrides | names
+    args = Hyperparameters(**RECIPES[recipe] | TRACKS[track])
+    overrides = overrides | dict(track=track, recipe=recipe)
     if overrides.get("depth", 0) <= 0:
         return dataclasses.replace(args, **overrides)
-    if "batch_size" in overrides and not overrides["batch_stages"]:
+    if "batch_size" in overrides and not overrides.get("batch_stages"):
         # The learning rates stay those of the recipe's batch.
         overrides["batch_stages"] = str(overrides.pop("batch_size"))
     return dial(args, overrides)
@@ -511,8 +511,6 @@ def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) ->
             if overrides.get("run_id", run_id) != run_id:
                 parser.error(f"--resume goes on as {run_id}: leave out --run_id, or copy "
                              f"{folder.parent} and its log to the other name")
-            if "batch_size" in overrides:  # as in `new_hyperparameters`
-                here["batch_stages"] = ""
             return Hyperparameters(**saved | here | overrides)
         except RunError as error:
             problems.append(str(error))
