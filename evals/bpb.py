@@ -30,12 +30,12 @@ import train_gpt
 from train_gpt import Hyperparameters, Ranks, RunError, TokenRows
 
 
-def read_validation(args: Hyperparameters) -> list[TokenRows]:
-    """The shards that hold the validation tokens; RunError if they hold too few."""
-    shards, tokens, folder = [], 0, train_gpt.data_folder(args)
+def read_validation(args: Hyperparameters) -> dict[str, TokenRows]:
+    """The shards that hold the validation tokens, by name; RunError if they hold too few."""
+    shards, tokens, folder = {}, 0, train_gpt.data_folder(args)
     for path in train_gpt.find_shards(folder)[1]:
-        shards.append(TokenRows(path, args, training=False))
-        tokens += shards[-1].num_rows * shards[-1].row_length
+        rows = shards[path.name] = TokenRows(path, args, training=False)
+        tokens += rows.num_rows * rows.row_length
         if tokens >= args.val_tokens:
             return shards
     raise RunError(f"validation needs {args.val_tokens:,} tokens and one more, but the "
@@ -72,13 +72,11 @@ def bits_per_byte(options: argparse.Namespace, ranks: Ranks) -> dict:
     if problem := train_gpt.find_problem(args):
         raise RunError(problem)
     shards = read_validation(args)
-    num_bytes = count_bytes(shards, args, encoding)
-    val_loss = train_gpt.evaluate(model, shards, args, windows, ranks)
+    num_bytes = count_bytes(list(shards.values()), args, encoding)
+    val_loss = train_gpt.evaluate(model, list(shards.values()), args, windows, ranks)
     bits = val_loss * args.val_tokens / math.log(2)
-    paths = train_gpt.find_shards(train_gpt.data_folder(args))[1][: len(shards)]
-    return dict(task="bpb", run=state["run"], step=state["step"],
-                shards=[path.name for path in paths], bpb=bits / num_bytes,
-                val_loss=val_loss, tokens=args.val_tokens, bytes=num_bytes,
+    return dict(task="bpb", run=state["run"], step=state["step"], shards=list(shards),
+                bpb=bits / num_bytes, val_loss=val_loss, tokens=args.val_tokens, bytes=num_bytes,
                 bytes_per_token=num_bytes / args.val_tokens)
 
 
