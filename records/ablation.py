@@ -58,7 +58,7 @@ class Group(NamedTuple):
 
 class Ablation(NamedTuple):
     control: Group
-    others: list[Group]  # highest val_loss first
+    others: list[Group]
 
     def changes(self, group: Group) -> str:
         """`name`: value of the control -> value of the group, for all that differ."""
@@ -153,8 +153,7 @@ def read_ablation(paths: Sequence[str | Path], control: str | None = None) -> Ab
         if problems:
             raise LogError(f"{run.name} cannot be compared with the control, {first.name}: "
                            f"{'; '.join(problems)}; run both on one machine and the same data")
-    others = [group for group in groups.values() if group is not chosen]
-    return Ablation(chosen, sorted(others, key=lambda group: -fmean(group.losses)))
+    return Ablation(chosen, [group for group in groups.values() if group is not chosen])
 
 
 def read_series(paths: Sequence[str | Path], control: str | None = None) -> list[Ablation]:
@@ -168,8 +167,7 @@ def read_series(paths: Sequence[str | Path], control: str | None = None) -> list
     series = [read_ablation(some, control) for some in [*([others] if others else []), *archives]]
     first = series[0].control.runs[0]
     for run in (ablation.control.runs[0] for ablation in series[1:]):
-        problems = [problem for problem in differences([first], [run])[0]
-                    if not problem.startswith("hardware")]
+        problems, _ = differences([first], [run], may_differ=("hardware",))
         if run.train_steps != first.train_steps:
             problems.append(f"steps: {first.train_steps} against {run.train_steps}")
         if problems:
