@@ -125,6 +125,17 @@ def fit_law(points: list[Point]) -> Law | None:
     return best
 
 
+def frontier(law: Law, points: list[Point], compute: np.ndarray) -> np.ndarray:
+    """The law's lowest loss with so much compute; NaN where that takes a size, or tokens per
+    weight, beyond those of the points it was fitted to: there it is a guess."""
+    losses, weights = law.best(compute)
+    sizes, ratios = [p.weights for p in points], [p.tokens / p.weights for p in points]
+    tokens_per_weight = compute / 6 / weights**2
+    known = ((min(sizes) <= weights) & (weights <= max(sizes))
+             & (min(ratios) <= tokens_per_weight) & (tokens_per_weight <= max(ratios)))
+    return np.where(known, losses, np.nan)
+
+
 def speed_up(points: list[Point], against: Point, recipe: str) -> float | None:
     """How much faster the recipe reaches a run's final loss at its depth; None if it never does."""
     found = [crossing(point.run, against.loss) for point in points
@@ -172,7 +183,7 @@ def render(points: list[Point]) -> str:
 
 
 def plot(path: Path, points: list[Point]) -> None:
-    """Write a PNG: loss against compute, the runs of a size joined, and each recipe's law."""
+    """Write a PNG: loss against compute, the runs of a size joined, each law where it is known."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,8 +202,8 @@ def plot(path: Path, points: list[Point]) -> None:
             axis.annotate(f"d{depth}", (of_size[0].compute, of_size[0].loss), fontsize=8,
                           xytext=(3, 3), textcoords="offset points")
         law = fit_law(mine)
-        label = recipe if law is None else f"{recipe}: the best that its law allows"
-        curve = [] if law is None else law.best(compute)[0]
+        curve = [] if law is None else frontier(law, mine, compute)
+        label = f"{recipe}: the best that its law allows" if np.isfinite(curve).any() else recipe
         axis.plot(compute[: len(curve)], curve, "--", color=color, label=label)
     axis.set(xscale="log", xlabel="training compute, FLOP", ylabel="final val_loss, nats per token")
     axis.grid(alpha=0.3)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from record_logs import our_log, step_lines, write_logs
 
-from miniseries import Law, fit_law, plot, read_series, render, speed_up  # isort: skip
+from miniseries import (  # isort: skip
+    Law, fit_law, frontier, plot, read_series, render, speed_up)
 from logs import LogError  # isort: skip
 
 TRUE = Law(E=1.8, A=90.0, a=0.33, B=400.0, b=0.29)
@@ -39,6 +40,18 @@ def test_the_best_loss_is_the_lowest_over_all_sizes():
     loss, weights = TRUE.best(compute)
     assert loss == pytest.approx(losses.min(), abs=1e-6)
     assert weights == pytest.approx(sizes[losses.argmin()], rel=0.02)
+
+
+def test_the_best_loss_is_given_where_its_size_and_length_were_measured(tmp_path):
+    points = series(tmp_path)  # 16M to 123M weights, 5 to 20 tokens for each
+    compute = np.geomspace(1e13, 1e20, 200)
+    law = Law(E=1.8, A=90.0, a=0.3, B=180.0, b=0.3)  # best with 10 tokens per weight, at any size
+    found, (losses, weights) = frontier(law, points, compute), law.best(compute)
+    known = (weights >= 16e6) & (weights <= 123e6)
+    assert 0 < known.sum() < 200
+    assert found == pytest.approx(np.where(known, losses, np.nan), nan_ok=True)
+    too_long = law._replace(B=360.0)  # best with 100 tokens per weight
+    assert np.isnan(frontier(too_long, points, compute)).all()
 
 
 def test_one_length_or_two_sizes_make_no_law(tmp_path):
