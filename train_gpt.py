@@ -216,7 +216,10 @@ class Hyperparameters:
 
     @property
     def train_tokens(self) -> int:
-        return sum(map(self.batch_size_at, range(self.train_steps)))
+        stages = self.stage_batch_sizes
+        ends = [-(-i * self.train_steps // len(stages)) for i in range(len(stages) + 1)]
+        return sum(size * (end - start)
+                   for size, start, end in zip(stages, ends, ends[1:], strict=False))
 
     @property
     def max_val_length(self) -> int:
@@ -399,13 +402,14 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
         else:
             settings |= dict(type=field.type, metavar=None if settings["choices"] else "VALUE")
         parser.add_argument(*flags, **settings)
-    parser.add_argument("--total_batch_size", metavar="auto|TOKENS",
+    parser.add_argument("--total_batch_size", "--total-batch-size", metavar="auto|TOKENS",
                         help="batch_size; auto: by the rule of --depth, which is its default")
     parser.add_argument("--fp8", action="store_true",
                         help=f"short for --{' --'.join(EIGHT_BITS)}")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(Hyperparameters)]
+        names += ["--total_batch_size", "--fp8"]
         typed = unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
         near = difflib.get_close_matches(typed, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; -h lists the options"
@@ -537,13 +541,13 @@ def find_problem(args: Hyperparameters) -> str | None:
             return f"--{name} must be at least 1, got {getattr(args, name)}"
     for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start", "depth",
                  "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
-                 "attention_softcap", "grad_clip", "bigram_rows"):
+                 "attention_softcap", "grad_clip", "bigram_rows", "norm_eps", "adam_eps"):
         if getattr(args, name) < 0:
             return f"--{name} must not be negative, got {getattr(args, name)}"
     for name in ("target_param_data_ratio", "rotary_base"):
         if getattr(args, name) <= 0:
             return f"--{name} must be above 0, got {getattr(args, name)}"
-    for name in ("adam_beta1", "adam_beta2", "muon_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "muon_beta2", "muon_momentum"):
         if not 0 <= getattr(args, name) < 1:
             return f"--{name} must be at least 0 and below 1, got {getattr(args, name)}"
     if args.tokens_ahead > args.row_length:
@@ -605,10 +609,11 @@ def find_problem(args: Hyperparameters) -> str | None:
         return (f"--window_start {args.window_start} and --window_end {args.window_end} must both "
                 f"be 0 (no windows), or rise")
     if args.train_tokens > args.token_budget:
+        steps = args.train_steps * args.token_budget // args.train_tokens
+        advice = f"--train_steps to {steps:,}" if steps else "--batch_size"
         return (f"{args.train_steps:,} steps x {args.describe_batch()} tokens are "
                 f"{args.train_tokens:,} training tokens, over the budget of {args.token_budget:,}; "
-                f"lower --train_steps to "
-                f"{args.train_steps * args.token_budget // args.train_tokens:,}")
+                f"lower {advice}")
     return None
 
 

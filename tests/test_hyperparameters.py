@@ -140,6 +140,7 @@ def test_a_number_of_the_wrong_type_is_refused(name, refusal):
         ("--trian_steps", "--train_steps"),
         ("--Matrix_lr", "--matrix_lr"),
         ("--batchsize", "--batch_size"),
+        ("--total_batch-sise", "--total_batch_size"),
     ],
 )
 def test_a_misspelt_option_is_refused_with_the_likely_one(typo, meant, refusal):
@@ -326,6 +327,15 @@ def test_the_budget_refuses_a_step_too_many_and_names_the_most(refusal):
     large = ["--row_length", 1024, "--num_layers", 12, "--num_heads", 12, "--model_dim", 768]
     message = refusal(*large, *single_gpu, "--train_steps", most + 1)
     assert "--train_steps" in message and f"{most:,}" in message and "5,000,000,000" in message
+    assert "lower --batch_size" in refusal("--batch_size", 2**22)  # not one step fits
+    assert "over the budget" in refusal("--train_steps", 10**15)  # and at once
+
+
+@pytest.mark.parametrize("stages", ["", "256", "256,512", "256,256,1024", "256,512,256,512,1024"])
+def test_the_training_tokens_are_those_of_all_steps(stages):
+    for steps in range(1, 14):
+        args = train_gpt.Hyperparameters(batch_stages=stages, train_steps=steps)
+        assert args.train_tokens == sum(map(args.batch_size_at, range(steps)))
 
 
 def test_the_baseline_recipe_is_that_of_the_benchmark():
@@ -391,8 +401,10 @@ WRONG_SIZES = [
     ("--bigram_rows -1", ["--bigram_rows"]),
     ("--rotary_base 0", ["--rotary_base"]),
     ("--tokens_ahead 65 --row_length 64", ["--tokens_ahead 65", "--row_length 64"]),
-    *((f"--{name} {value}", [f"--{name}"]) for name in ("adam_beta1", "adam_beta2", "muon_beta2")
+    *((f"--{name} {value}", [f"--{name}"])
+      for name in ("adam_beta1", "adam_beta2", "muon_beta2", "muon_momentum")
       for value in (-0.1, 1)),
+    *((f"--{name} -0.1", [f"--{name}", "negative"]) for name in ("norm_eps", "adam_eps")),
     *((f"--{name} {value}", [f"--{name}"])
       for name in ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
                    "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
@@ -563,7 +575,7 @@ def test_the_length_follows_the_ratio_and_each_rule_gives_way_to_an_option():
                    "--attention_dim", "256")
     assert (args.train_steps, args.embed_lr, args.num_heads, args.head_dim) == (50, 0.5, 8, 32)
     assert dialled("modern", 8, "--total_batch_size", "auto") == plain
-    args = dialled("modern", 8, "--total_batch_size", "131072")
+    args = dialled("modern", 8, "--total-batch-size", "131072")
     assert args.stage_batch_sizes == [131_072] and args.batch_size == plain.batch_size
     by_rule, by_hand = dialled("baseline", 30), dialled("baseline", 30, "--batch_size", "1048576")
     assert by_rule == by_hand  # and so are its learning rates
