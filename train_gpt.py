@@ -2702,8 +2702,7 @@ class Progress:
     def load_state(self, state: dict) -> None:
         self.marks.append("resumed")
         self.train_losses = state["train_losses"]
-        if state["hyperparameters"].get("target") == self.args.target:
-            self.reached = state["reached"]
+        self.reached = reached_before(state, self.args)
         self.val_losses = [tuple(pair) for pair in state["val_losses"]]
         self.tokens = sum(map(self.args.batch_size_at, range(len(self.train_losses))))
         if self.bar is not None:
@@ -2994,6 +2993,11 @@ def data_position(shards: list[ShardInfo], step: int, args: Hyperparameters) -> 
     return dict(shard=left[0].path.name, row=rows.start)
 
 
+def reached_before(state: dict, args: Hyperparameters) -> str | None:
+    """What the run of a checkpoint said of reaching its target, if that is still the target."""
+    return state["reached"] if state["hyperparameters"].get("target") == args.target else None
+
+
 def check_ranks_have(checkpoint: Checkpoint, ranks: Ranks) -> None:
     """RunError if the ranks have opened different checkpoints."""
     if ranks.world_size > 1:
@@ -3004,11 +3008,13 @@ def check_ranks_have(checkpoint: Checkpoint, ranks: Ranks) -> None:
                                   "has to be the same one on all machines")
 
 
-def check_same_run(state: dict, facts: dict, args: Hyperparameters) -> list[str]:
+def check_same_run(state: dict, facts: dict, args: Hyperparameters, world_size: int) -> list[str]:
     """What differs from the run that saved the state. RunError if `resume_anyway` is not set."""
     then, now = state["hyperparameters"], facts["hyperparameters"]
+    # Other GPUs may need other micro-batches to share a step.
+    free = FREE_TO_DIFFER | ({"device_batch_size"} if len(state["rng"]) != world_size else set())
     found = [f"{name} is {now[name]} instead of {then.get(name, 'absent')}" for name in now
-             if name not in FREE_TO_DIFFER and now[name] != then.get(name)]
+             if name not in free and now[name] != then.get(name)]
     found += ["the source is another one"] * (state.get("source") != facts["source"])
     found += ["the data are other shards"] * (state.get("data") != facts["data"])
     if found and not args.resume_anyway:
@@ -3184,7 +3190,7 @@ class Checkpoints:
             self.log(f"checkpoint: {path}, for which the run waited {self.waited:.2f}s")
         except (OSError, safetensors.SafetensorError) as error:
             self.problem = f"cannot write the checkpoint of step {self.step}: {error}"
-            self.log(f"{self.problem}; the run goes on", console=True)
+            self.log(f"{self.problem}; only that checkpoint is lost", console=True)
             for old in self.folder.glob(".step_*.unfinished"):
                 shutil.rmtree(old, ignore_errors=True)
         self.writing = None
@@ -3518,10 +3524,14 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
         folder = checkpoint.folder.resolve().parent  # its log stands beside it
         run_id, log_path = folder.name, Path(os.path.relpath(f"{folder}.txt"))
         check_ranks_have(checkpoint, ranks)
-        if checkpoint.state["step"] == args.train_steps and has_verdict(log_path):
-            raise CollectiveError(f"{run_id} has ended already, at step {args.train_steps}; to "
-                                  f"train it further: more --train_steps, and --resume_anyway")
-        notes += checkpoint.notes + check_same_run(checkpoint.state, facts, args)
+        saved_step = checkpoint.state["step"]
+        was_reached = args.stop_at_target and reached_before(checkpoint.state, args)
+        if (saved_step == args.train_steps or was_reached) and has_verdict(log_path):
+            further = ("--stop_at_target false" if was_reached
+                       else "more --train_steps, and --resume_anyway")
+            raise CollectiveError(f"{run_id} has ended already, at step {saved_step}; to train it "
+                                  f"further: {further}")
+        notes += checkpoint.notes + check_same_run(checkpoint.state, facts, args, ranks.world_size)
         if checkpoint.notes and ranks.rank == 0:  # the damaged one is not to be kept instead
             os.utime(checkpoint.folder)
     encoding = load_encoding() if args.sample_every else None
@@ -3603,12 +3613,15 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
             checkpoints.look()
     finally:
         checkpoints.finish()
-    if is_last or not is_stopped:
+    has_ended = is_last or is_early
+    if has_ended:
         check_ranks_agree(model, ranks)
         progress.summarize(peak_memory(ranks.device))
     if checkpoints.problem:
-        raise RunError(f"{checkpoints.problem}; the training and its log are whole")
-    if is_stopped and not is_last:
+        ending = ("the training and its log are whole" if has_ended
+                  else f"stopped at step {step}, which is not saved")
+        raise RunError(f"{checkpoints.problem}; {ending}")
+    if not has_ended:
         log(f"go on with: --resume {run_id}", console=True)
         raise stop.kind
 

@@ -336,16 +336,17 @@ def test_two_processes_do_not_go_on_with_one_run(tmp_path, whole, data):
     assert run.log == whole.log
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on(tmp_path, data, before, after):
+@pytest.mark.parametrize("before, after, micro_batches", [
+    (1, 2, []), (2, 1, []), (1, 2, ["--device_batch_size=256", "--device_batch_size=128"])])
+def test_another_number_of_ranks_goes_on(tmp_path, data, before, after, micro_batches):
     options = [*TINY, *OPTIONS[:6], "--muon_beta2=0.9", "--row_moments", "--bigram_rows=101",
                "--kernel_warmup=false", f"--data_path={data}"]
     options[options.index("256,256,512")] = "256"
-    done = run_train(*options, "--save_every=6", cwd=tmp_path, nproc=before)
+    done = run_train(*options, *micro_batches[:1], "--save_every=6", cwd=tmp_path, nproc=before)
     assert done.returncode == 0, done.stderr
     expected = read_log(tmp_path / "logs" / "run.txt")[0].losses
     shutil.rmtree(tmp_path / "logs" / "run" / "step_000009")
-    done = run_train("--resume=latest", cwd=tmp_path, nproc=after)
+    done = run_train("--resume=latest", *micro_batches[1:], cwd=tmp_path, nproc=after)
     assert done.returncode == 0, done.stderr
     [run] = read_log(tmp_path / "logs" / "run.txt")
     assert run.losses == pytest.approx(expected, abs=2e-5, nan_ok=True)
@@ -504,6 +505,19 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, whole, data, m
     same_end(run, whole)
 
 
+def test_a_stop_that_a_full_disk_cannot_save_says_so(tmp_path, data, monkeypatch):
+    def ask_to_stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 11.0
+
+    monkeypatch.setattr(train_gpt.safetensors.torch, "save_file", full_disk)
+    run = run_main(tmp_path, *OPTIONS, f"--data_path={data}", "--save_on_exit",
+                   evaluate=ask_to_stop)
+    assert run.status == 1 and checkpoints(run) == []
+    assert re.search(r"No space left on device; stopped at step \d, which is not saved", run.err)
+    assert "whole" not in run.err and "go on with" not in run.out
+
+
 def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, data):
     run = run_main(tmp_path, "--run_id=run", f"--data_path={data}", "--save_every=1",
                    "--train_steps=6", "--matrix_lr=1e-3", *BLOWS_UP)
@@ -614,6 +628,14 @@ def test_a_run_can_end_at_its_target_and_is_no_record(tmp_path, data):
     assert len(run.train_losses) == step
     assert "\nnot a record: stopped early\n" in run.log and "stopped early" in run.out
     assert [path.name for path in checkpoints(run)] == [f"step_{step:06d}"]
+    again = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}", "--target=10.3",
+                     "--stop_at_target")
+    assert again.status == 1 and again.log == run.log
+    assert f"has ended already, at step {step}" in again.err
+    further = run_main(tmp_path, "--resume=run", *OPTIONS, f"--data_path={data}", "--target=10.3",
+                       "--stop_at_target=false")
+    assert further.status == 0, further.err
+    assert len(further.train_losses) == 9 and further.train_losses[:step] == run.train_losses
 
 
 # -----------------------------------------------------------------------------
