@@ -2813,8 +2813,8 @@ def plot_losses(path: Path, train_losses: list, val_losses: list, args: Hyperpar
     targets = [args.target] if args.target else []
     for target in targets:
         axes.axhline(target, color="tab:red", ls="--", lw=1, label=f"target {target}")
-    axes.set(xlabel=f"step of {args.describe_batch()} tokens", ylabel="loss, nats per token",
-             title=f"{path.stem}: val_loss {val_losses[-1][1]:.4f}")
+    axes.set(xlabel=f"step of {args.describe_batch()} tokens", ylabel="loss, nats per token")
+    axes.set_title(f"{path.stem}: val_loss {val_losses[-1][1]:.4f}", parse_math=False)
     shown = [loss for _, loss in val_losses[1:] or val_losses] + targets
     axes.set_ylim(min(shown) - 0.1, max(shown) + 1.0)
     axes.legend()
@@ -3659,6 +3659,9 @@ class StopSignal:
     def __call__(self, signum, frame) -> None:
         self.kind = KeyboardInterrupt if signum == signal.SIGINT else Terminated
         if not self.waits:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is self:  # one more ends it, without a traceback
+                    signal.signal(number, signal.SIG_DFL)
             raise self.kind
         if not self.asked:
             os.write(2, b"stopping after this step, once all is saved\n")

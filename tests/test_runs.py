@@ -352,6 +352,13 @@ def test_a_terminal_shows_a_bar_and_whole_validation_lines(tmp_path):
     assert not re.search(r"^step \d", run.out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", ["a$x_{$b", "50% of it"])
+def test_a_run_may_have_any_name_that_a_file_may_have(tmp_path, name):
+    run = run_main(tmp_path, f"--run_id={name}", "--train_steps=1", plot=True)
+    assert run.status == 0, run.err
+    assert (tmp_path / "logs" / f"{name}.png").stat().st_size > 1_000
+
+
 # -----------------------------------------------------------------------------
 # Verdicts
 
@@ -887,6 +894,18 @@ def test_a_stopped_run_ends_its_log_and_says_so(stopped, number, status, word):
     assert word in last and word in done.stdout
     assert log.endswith("\n")
     assert STEP_LINE.fullmatch(lines[-1])  # all that was measured is whole
+
+
+def test_a_second_signal_ends_a_run_that_is_ending_without_a_traceback():
+    code = ("import os, signal, train_gpt\n"
+            "def train(*args):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+            "def close(log, *texts, **named):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "train_gpt.train, train_gpt.Log.__call__ = train, close\n"
+            "train_gpt.main()")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert done.returncode == -signal.SIGTERM and done.stderr == ""
 
 
 # -----------------------------------------------------------------------------
