@@ -19,6 +19,7 @@ usage: ./run.sh [COMMAND] [--option value ...]
   ./run.sh help                 this text
 
 Options go to train_gpt.py (python train_gpt.py -h lists them): ./run.sh --track gpt2-small
+Paths in them are relative to the folder of run.sh, wherever it is started.
 
 NPROC=N ./run.sh      N processes instead of one per GPU (the single-gpu track uses one GPU)
 NNODES, NODE_RANK, RDZV_ENDPOINT, RDZV_ID, RDZV_BACKEND, MASTER_ADDR and MASTER_PORT, if set, go to
@@ -102,6 +103,10 @@ if [ "$command" = baseline ]; then
     [ "$track" = sample ] && set -- --recipe sample-baseline "$@" || set -- --recipe baseline "$@"
 fi
 nproc=${NPROC:-$([ "$track" = single-gpu ] || [ "$gpus" -eq 0 ] && echo 1 || echo "$gpus")}
+if ! [[ $nproc =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NPROC must be a number of processes, got '$nproc'" >&2
+    exit 2
+fi
 nodes=${NNODES:-1}
 for_all() { # for_all SCRIPT OPTIONS...: told of how many processes there will be
     WORLD_SIZE=$((nproc * ${nodes%%:*})) "$python" "$@"

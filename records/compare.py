@@ -176,7 +176,7 @@ def compare(baseline: list[Run], mine: list[Run], loss: float | None = None) -> 
                 raise LogError(f"{run.name} never reaches {loss:g}; its lowest val_loss is "
                                f"{np.nanmin(run.losses):.5f}; choose another --loss, or train it "
                                f"longer")
-            if where.time <= 0:
+            if where.step <= 0:
                 raise LogError(f"{run.name} is at {loss:g} before it trains; choose a lower --loss")
         gap = max(where.gap for _, where in found)
         if gap > MAX_GAP:

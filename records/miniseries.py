@@ -33,6 +33,7 @@ from screen import (
     parse_run_options,
     plan_jobs,
     run_all,
+    visible_gpus,
 )
 
 
@@ -137,11 +138,14 @@ def frontier(law: Law, points: list[Point], compute: np.ndarray) -> np.ndarray:
 
 
 def speed_up(points: list[Point], against: Point, recipe: str) -> float | None:
-    """How much faster the recipe reaches a run's final loss at its depth; None if it never does."""
+    """How much faster the recipe reaches a run's final loss at its depth; None if it never does,
+    infinite if it is there before it trains."""
     found = [crossing(point.run, against.loss) for point in points
              if (point.recipe, point.depth) == (recipe, against.depth)]
-    times = [at.time for at in found if at]
-    return against.run.train_time / min(times) if times else None
+    times = [at.time if at.step > 0 else 0.0 for at in found if at]
+    if not times:
+        return None
+    return against.run.train_time / min(times) if min(times) else np.inf
 
 
 def render(points: list[Point]) -> str:
@@ -176,9 +180,14 @@ def render(points: list[Point]) -> str:
                   "---: |"]
         for point in points:
             if point.recipe == against:
-                times = speed_up(points, point, mine)
-                lines.append(f"| {point.depth} | {point.ratio:g} | {point.loss:.5f} | "
-                             f"{'not reached' if times is None else f'{times:.1f} times'} |")
+                match speed_up(points, point, mine):
+                    case None:
+                        text = "not reached"
+                    case np.inf:
+                        text = "before it trains"
+                    case times:
+                        text = f"{times:.1f} times"
+                lines.append(f"| {point.depth} | {point.ratio:g} | {point.loss:.5f} | {text} |")
     return "\n".join(lines) + "\n"
 
 
@@ -228,8 +237,8 @@ def main() -> int:
     add = parser.add_argument
     add("--depths", default="6,8,10,12,16", metavar="N,...", help="default: %(default)s")
     add("--ratios", default="5,10.5,19", metavar="R,...", help="default: %(default)s")
-    add("--recipes", default="baseline,record", metavar="NAME,...",
-        help="the last is measured against those before it (default: %(default)s)")
+    add("--recipes", metavar="NAME,...",
+        help="the last is measured against those before it (default: baseline,record)")
     add("--logs", nargs="+", type=Path, help="train nothing: logs, or folders of logs")
     add_run_options(parser, "logs/miniseries")
     args, options = parse_run_options(parser)
@@ -237,7 +246,11 @@ def main() -> int:
     try:
         jobs = []
         if not args.logs:
-            lists = (text.split(",") for text in (args.depths, args.ratios, args.recipes))
+            if not args.recipes and not visible_gpus():
+                raise LogError("there is no GPU; a series for a CPU, of minutes: --recipes "
+                               "sample-baseline,sample-record --depths 1,2,3 --ratios 0.002,0.004")
+            recipes = args.recipes or "baseline,record"
+            lists = (text.split(",") for text in (args.depths, args.ratios, recipes))
             plan = series_plan(*lists, options)
             fetch_data([hyperparameters_of(line) for line in plan.values()])
             jobs = plan_jobs(plan, [], args.seeds, folder)
@@ -254,6 +267,9 @@ def main() -> int:
     except (LogError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0 if len(done) == len(jobs) else 1
 
 

@@ -121,6 +121,18 @@ def test_the_baseline_command_trains_the_baseline_of_this_machine(tmp_path):
 # Processes and machines
 
 
+@pytest.mark.parametrize("number", ["0", "two", "-1"])
+def test_a_number_of_processes_that_is_none_is_refused(number):
+    done = run(*TINY, NPROC=number)
+    assert done.returncode == 2 and f"NPROC must be a number of processes, got '{number}'" in (
+        done.stderr)
+
+
+def test_a_series_of_sizes_names_one_for_a_cpu_where_there_is_no_gpu():
+    done = run("miniseries")
+    assert done.returncode == 1 and "--recipes sample-baseline,sample-record" in done.stderr
+
+
 def test_nproc_is_the_number_of_processes(tmp_path):
     done = run(*TINY, f"--log_dir={tmp_path}", NPROC="2")
     assert done.returncode == 0, done.stderr

@@ -99,6 +99,10 @@ def test_a_loss_that_is_never_reached_is_an_error_that_names_run_and_lowest_loss
 def test_a_loss_above_the_first_validation_is_an_error(tmp_path):
     with pytest.raises(LogError, match="before it trains"):
         compare(runs(tmp_path / "a", *at(100)), runs(tmp_path / "b", *at(50)), 11.0)
+    # A clock that nothing warmed up for shows a little at step 0.
+    late = [our_log(lines=lines((0, 0.005, 4.4), (40, 9, 3.3)))]
+    with pytest.raises(LogError, match="before it trains"):
+        compare(runs(tmp_path / "c", *late), runs(tmp_path / "d", *late), 4.5)
 
 
 def test_logs_without_times_cannot_be_compared(tmp_path):

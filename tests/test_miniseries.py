@@ -82,6 +82,14 @@ def test_the_speed_up_is_to_the_final_loss_at_the_same_depth(tmp_path):
     assert speed_up(points, lowest, "baseline") is None
 
 
+def test_a_loss_that_a_recipe_starts_below_has_no_speed_up(tmp_path):
+    poor = TRUE._replace(E=11.0)  # it ends above the 10.8 that every run here starts from
+    points = series(tmp_path / "a", "baseline", poor) + series(tmp_path / "b", "modern")
+    assert speed_up(points, points[0], "modern") == np.inf
+    text = render(points)
+    assert text.count("| before it trains |") == 12 and "inf" not in text
+
+
 def test_the_table_tells_all_runs_the_laws_and_the_speed_up(tmp_path):
     points = series(tmp_path / "a", "baseline") + series(tmp_path / "b", "modern",
                                                          TRUE._replace(E=1.5), 0.25)
