@@ -108,6 +108,8 @@ def choose_lines(plan: dict[str, list[str]], options: list[str]) -> tuple[dict, 
 def parse_names(text: str, plan: dict[str, list[str]]) -> list[str]:
     """The lines that --only names, all if it is empty. LogError for one that there is not."""
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if text and not names:
+        raise LogError(f"--only {text!r} names no line of {PLAN.name}; leave it out for all")
     if unknown := [name for name in names if name not in plan]:
         near = difflib.get_close_matches(unknown[0], plan, n=1)
         raise LogError(f"--only {', '.join(unknown)}: "
@@ -195,6 +197,9 @@ def main() -> int:
     except (LogError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0 if all(job in done for job in jobs) else 1
 
 

@@ -99,6 +99,8 @@ def plan_jobs(
                 args = hyperparameters_of(argv)
             except LogError as error:
                 raise LogError(f"the line {name!r} of the plan: {error}") from None
+            if args.stop_at_target:
+                raise LogError("runs of other lengths share no table: leave out --stop_at_target")
             settings = {key: str(value) for key, value in dataclasses.asdict(args).items()}
             jobs.append(Job(log, argv, settings))
     return jobs
@@ -128,7 +130,7 @@ def has_finished(job: Job) -> bool:
         return False
     try:
         [run] = read_log(job.log)
-    except LogError:
+    except (LogError, ValueError):  # none, or several
         run = None
     if run is None or not run.is_val[-1] or run.steps[-1] != run.train_steps:
         job.log.rename(job.log.with_suffix(".cut-off"))
@@ -265,6 +267,9 @@ def main() -> int:
     except (LogError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     if not done:
         print("no table: not one run has ended well", file=sys.stderr)
         return 1

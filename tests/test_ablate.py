@@ -151,6 +151,8 @@ def test_unknown_names_are_refused_with_those_there_are_and_nothing_runs():
     assert done.returncode == 1 and not done.stdout
     assert "--only no-gaet: did you mean no-gate?" in done.stderr
     assert ", ".join(LINES) in done.stderr
+    done = run("ablate", "--only", ",", *SHORT)
+    assert done.returncode == 1 and not done.stdout and "names no line" in done.stderr
 
 
 def test_the_dial_is_refused_whose_rules_would_change_more_than_a_line_says():

@@ -97,6 +97,12 @@ def test_an_option_that_train_gpt_refuses_is_named_before_anything_runs(plan):
     assert "did you mean --qk_norm" in done.stderr and "'typo'" in done.stderr
 
 
+def test_runs_that_would_end_at_a_target_are_refused_before_anything_runs(plan):
+    done = screen(plan, "--stop_at_target", "--target", 11)
+    assert done.returncode == 1 and not (plan.parent / "logs").exists()
+    assert "leave out --stop_at_target" in done.stderr
+
+
 def test_a_run_that_fails_leaves_the_others_alone(plan):
     plan.write_text("control:\nbad: --head_lr 1e38\n" + PLAN.splitlines()[2])
     done = screen(plan, "--per_gpu", 2)
