@@ -10,6 +10,7 @@ With --name, or where a person answers at a terminal, the record folder is made.
 """
 
 import argparse
+import glob
 import os
 import subprocess
 import sys
@@ -66,8 +67,7 @@ def run_all(
         finally:
             free.put(gpu)
         if done.returncode:
-            print(f"error: seed {seed} ended with exit status {done.returncode}; the others go on",
-                  file=sys.stderr)
+            print(f"error: seed {seed} ended with exit status {done.returncode}", file=sys.stderr)
             return None
         return log_dir / f"{run_id}.txt"
 
@@ -116,17 +116,23 @@ def offer_folder(report: Report, args: argparse.Namespace) -> None:
     if negative:
         print("not a record; if there is something to learn from it, it has a home in "
               "records/negative")
-    if args.name is None and sys.stdin.isatty():
-        args.name = input("name of the record folder, as in WiderHead (empty: none): ").strip()
+    if sys.stdin.isatty():
+        try:
+            if args.name is None:
+                args.name = input("name of the record folder, as in WiderHead (empty: "
+                                  "none): ").strip()
+            if args.name:
+                args.description = args.description or input("the idea, in a line: ").strip()
+                args.by = args.by or [input("your name: ").strip()]
+        except (EOFError, KeyboardInterrupt):
+            print()
+            args.name = None
     if not args.name:
         logs = " ".join(str(run.path) for run in report.runs)
         print(f"to make the folder: python records/record.py {logs} --name NAME --description "
               f"'THE IDEA IN A LINE' --by 'YOUR NAME' --attempted {args.n}"
               + (" --negative" if negative else ""))
         return
-    if sys.stdin.isatty():
-        args.description = args.description or input("the idea, in a line: ").strip()
-        args.by = args.by or [input("your name: ").strip()]
     folder = make_folder(report, args.name, args.description or args.name, args.by or ["(unnamed)"],
                          runs_attempted=args.n, negative=negative)
     print(f"made {folder}\nnow tell the idea in its README.md, and run: python records/table.py")
@@ -157,7 +163,8 @@ def main() -> int:
     try:
         logs = run_all(seeds, options, args.log_dir, args.run_id, gpus)
     except KeyboardInterrupt:
-        print(f"stopped; the logs so far: {args.log_dir / args.run_id}-seed*.txt", file=sys.stderr)
+        found = sorted(map(str, args.log_dir.glob(f"{glob.escape(args.run_id)}-seed*.txt")))
+        print(f"stopped; logs so far: {' '.join(found) or 'none'}", file=sys.stderr)
         return 130
     if not logs:
         print("error: no run ended well, there is nothing to check", file=sys.stderr)

@@ -203,6 +203,8 @@ def make_folder(
     if len(paths) < len({run.path for run in report.runs}):
         raise RecordError("two of the logs have the same file name; rename one")
     folder = root / ("negative" if negative else report.track_name) / f"{record['date']}_{name}"
+    if packed := [path for path in paths.values() if path.parent.is_file()]:
+        raise RecordError(f"{packed[0].parent} is an archive: unpack it, and name its logs")
     if folder.exists():
         raise RecordError(f"{folder} exists already; choose another --name")
     folder.mkdir(parents=True)

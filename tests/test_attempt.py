@@ -1,5 +1,6 @@
 """./run.sh attempt: several seeds, checked, compared, and put into a record folder."""
 
+import argparse
 import json
 import os
 import re
@@ -11,7 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, wait_for
+from record_logs import our_log, write_logs
 from test_commands import TINY, environment
+
+from attempt import offer_folder  # isort: skip  records/ is on the path from here on
+from check import check  # isort: skip
+from logs import read_logs  # isort: skip
 
 SHORT = [option for option in TINY if not option.startswith("--run_id")]
 LONGER = [*SHORT, "--train_steps=400", "--model_dim=256"]
@@ -110,6 +116,22 @@ def test_wrong_options_are_refused_before_anything_runs(checkout, options, words
     assert done.returncode == 2 and words in done.stderr
 
 
+@pytest.mark.parametrize("answers", [[EOFError], ["Wider", KeyboardInterrupt]])
+def test_no_answer_makes_no_folder_and_shows_the_command_for_it(monkeypatch, capsys, tmp_path,
+                                                                answers):
+    def answer(question):
+        found = answers.pop(0)
+        if isinstance(found, str):
+            return found
+        raise found
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    runs = read_logs(write_logs(tmp_path, our_log()))
+    offer_folder(check(runs), argparse.Namespace(name=None, description=None, by=None, n=1))
+    assert f"records/record.py {tmp_path / 'log0.txt'} --name NAME" in capsys.readouterr().out
+
+
 def test_ctrl_c_stops_all_seeds_and_names_the_logs(checkout):
     process = subprocess.Popen(
         ["bash", str(checkout / "run.sh"), "attempt", "-n", "3", "--run_id=stop", *LONGER],
@@ -120,7 +142,7 @@ def test_ctrl_c_stops_all_seeds_and_names_the_logs(checkout):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; the logs so far: " in errors and "stop-seed" in errors
+    assert f"stopped; logs so far: {log}\n" in errors
     assert log.read_text().rstrip().endswith("stopped by Ctrl-C")
     assert not (checkout / "logs" / "stop-seed1338.txt").exists()
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ def test_the_command_makes_a_folder_and_refuses_to_write_over_it(checkout, tmp_p
     assert "a record of single-gpu" in done.stdout
     again = script("record.py", *argv, root=checkout)
     assert again.returncode == 1 and "exists already" in again.stderr
+
+
+def test_logs_in_an_archive_are_to_be_unpacked_and_leave_no_folder(checkout, tmp_path):
+    [log] = write_logs(tmp_path / "logs", our_log())
+    with tarfile.open(tmp_path / "logs.tar.xz", "w:xz") as archive:
+        archive.add(log, log.name)
+    done = script("record.py", tmp_path / "logs.tar.xz", "--name=Packed", "--by=Ada",
+                  "--description=Something new", root=checkout)
+    assert done.returncode == 1 and "logs.tar.xz is an archive: unpack it" in done.stderr
+    assert not list((checkout / "records").glob("*/*_Packed"))
 
 
 def test_logs_that_say_too_little_make_no_folder(checkout, tmp_path):
