@@ -167,6 +167,9 @@ def build(args: Hyperparameters) -> Trainer:
     """RunError where a person has to act."""
     ranks = train_gpt.join_ranks()
     args, notes = train_gpt.switch_off(args, ranks.device)
+    if args.samples_vocabulary and args.sampled_vocab == args.device_batch_size:
+        raise RunError(f"--sampled_vocab and --device_batch_size are both {args.sampled_vocab}, "
+                       f"but parts of a step are told apart by such sizes; change one of them")
     train_gpt.check_accumulation(args, ranks.world_size)
     name, attention = train_gpt.choose_attention(args, ranks.device)
     torch.manual_seed(args.seed)

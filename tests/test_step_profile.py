@@ -480,6 +480,7 @@ def test_of_several_ranks_one_reports_what_of_the_communication_nothing_hides(tm
 
 @pytest.mark.parametrize("argv, env, status, message", [
     (["--device_batch_size", "192"], {}, 1, "values that do"),
+    (["--sampled_vocab", "128"], {}, 1, "both 128"),  # the micro-batch has 128 tokens too
     (["--out", "missing/report.md"], {}, 2, "there is no folder"),
     (["--steps", "0"], {}, 2, "--steps must be positive"),
     (["--wat", "1"], {}, 2, "unknown option --wat"),
