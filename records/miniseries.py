@@ -247,8 +247,8 @@ def main() -> int:
         jobs = []
         if not args.logs:
             if not args.recipes and not visible_gpus():
-                raise LogError("there is no GPU; a series for a CPU, of minutes: --recipes "
-                               "sample-baseline,sample-record --depths 1,2,3 --ratios 0.002,0.004")
+                raise LogError("there is no GPU; a small series for a CPU: --recipes "
+                               "sample-baseline,sample-record --depths 1,2 --ratios 0.002,0.004")
             recipes = args.recipes or "baseline,record"
             lists = (text.split(",") for text in (args.depths, args.ratios, recipes))
             plan = series_plan(*lists, options)
