@@ -152,7 +152,7 @@ class Hyperparameters:
     fp8_head: bool = False  # 8-bit floats in the head's matrix products
     fp8_blocks: bool = False  # and in the blocks', but for attention's output and weight gradients
     fp8_gradients: bool = False  # with fp8_blocks and relu2: and in the MLPs' weight gradients
-    triton_kernels: bool = False  # a Triton kernel for the loss of capped logits
+    triton_kernels: bool = False  # a Triton kernel for the loss of capped logits; 8 bits use others
     compile: bool = True  # torch.compile
     cuda_graphs: bool = False  # launch the kernels of a micro-batch as one; wants kernel_warmup
     kernel_warmup: bool = True  # compile and warm up on random tokens before the clock starts

@@ -38,7 +38,7 @@ LOG_BYTES = 100_000_000  # what the logs and curves of a run may take, generousl
 
 
 def estimate_memory(args: Hyperparameters) -> float:
-    """GPU memory of a run in GiB, fitted to the recipes' runs in records/; within some 10%."""
+    """GPU memory of a run in GiB, fitted to the recipes' runs in records/; within some 12%."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(args).parameters())
     # Validation keeps nothing for a backward pass.
