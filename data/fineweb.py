@@ -42,6 +42,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 INPUT_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet", ".txt")
 DATASETS = ("sample-10BT", "sample-100BT", "sample-350BT")
+MOST_TOKENS = 2_000_000_000  # of a shard, whose header counts them in 32 bits
 BATCH = 64  # documents that a worker gets at once
 
 # -----------------------------------------------------------------------------
@@ -289,15 +290,28 @@ def publish(args: argparse.Namespace) -> dict:
     prefix = f".{args.name}."
     with tempfile.TemporaryDirectory(".tmp", prefix, args.out_dir) as folder:
         sidecar = make_shards(args, Path(folder))
-        for path in old:
-            path.unlink()
-        for name in sidecar["files"]:
-            os.replace(Path(folder, name), args.out_dir / name)
-        # The sidecar comes last: where it is, the set is whole.
-        text = json.dumps(sidecar, indent=2) + "\n"
-        Path(folder, "sidecar").write_text(text, encoding="utf-8")
-        os.replace(Path(folder, "sidecar"), args.out_dir / f"{args.name}.json")
+        Path(folder, f"{args.name}.json").write_text(json.dumps(sidecar, indent=2) + "\n",
+                                                     encoding="utf-8")
+        # The sidecar goes first and comes last: where it is, the set is whole.
+        old.sort(key=lambda path: path.suffix != ".json")
+        aside = Path(folder, "old")
+        aside.mkdir()
+        move_all([(path, aside / path.name) for path in old]
+                 + [(Path(folder, name), args.out_dir / name)
+                    for name in (*sidecar["files"], f"{args.name}.json")])
     return sidecar
+
+
+def move_all(moves: list[tuple[Path, Path]]) -> None:
+    """Rename each first path to the second, in order; on an error or Ctrl-C none of them."""
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(moves):
+            if not source.exists():
+                os.replace(target, source)
+        raise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -326,6 +340,10 @@ def main(argv: list[str] | None = None) -> None:
     for key, least in (("shard_tokens", 2), ("val_tokens", 1), ("num_workers", 1)):
         if getattr(args, key) < least:
             parser.error(f"--{key}: got {getattr(args, key)}, expected {least} or more")
+        if key != "num_workers" and getattr(args, key) > MOST_TOKENS:
+            parser.error(f"--{key}: got {getattr(args, key)}, expected {MOST_TOKENS} or fewer")
+    # By default it would leave what has been made so far behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sidecar = publish(args)
     except KeyboardInterrupt:

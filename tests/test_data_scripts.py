@@ -4,10 +4,13 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import lzma
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter, namedtuple
@@ -312,6 +315,53 @@ def test_existing_shards_are_kept_unless_told(tmp_path, vocab, capsys):
         "t.json", "t_train_000001.bin", "t_val_000000.bin",
     ]
     assert read_texts(*shards(out, "val"), *shards(out, "train")) == TEXTS
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space")])
+def test_shards_that_cannot_all_be_replaced_are_all_kept(tmp_path, vocab, monkeypatch, error):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", TEXTS), tmp_path / "out"
+    make(source, vocab=vocab, out=out, shard_tokens=1_000)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    replace = os.replace
+    for number in range(99):  # the move that fails
+
+        def fail_once(source, target, number=number, calls=itertools.count()):  # noqa: B008
+            if next(calls) == number:
+                raise error
+            replace(source, target)
+
+        monkeypatch.setattr(fineweb.os, "replace", fail_once)
+        try:
+            make(source, "--overwrite", vocab=vocab, out=out, val_tokens=200)
+            break
+        except SystemExit:
+            assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert number == len(before) + 3  # the old ones, and two shards and their sidecar
+    assert {path.name for path in out.iterdir()} == {
+        "t.json", "t_train_000001.bin", "t_val_000000.bin"}
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path, vocab, monkeypatch):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", TEXTS), tmp_path / "out"
+    write_shard, handler = fineweb.write_shard, signal.getsignal(signal.SIGTERM)
+
+    def write_and_ask(*args):
+        write_shard(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(fineweb, "write_shard", write_and_ask)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            make(source, vocab=vocab, out=out)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stop.value.code == 143 and list(out.iterdir()) == []
+
+
+def test_a_shard_holds_no_more_tokens_than_its_header_can_count(tmp_path, capsys):
+    message = failure(capsys, fineweb.main, "docs.jsonl", "--name", "t", "--out_dir", tmp_path,
+                      "--shard_tokens", 2**31)
+    assert "--shard_tokens" in message and "or fewer" in message
 
 
 def test_ids_must_fit_16_bits(tmp_path, capsys):
