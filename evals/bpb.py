@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 from fineweb import load_encoding
 
 import train_gpt
-from train_gpt import Hyperparameters, Ranks, RunError, TokenRows
+from train_gpt import CollectiveError, Hyperparameters, Ranks, RunError, TokenRows
 
 
 def read_validation(args: Hyperparameters) -> dict[str, TokenRows]:
@@ -52,6 +52,8 @@ def count_bytes(shards: list[TokenRows], args: Hyperparameters, encoding: Encodi
     for rows in shards:
         usable = min(rows.num_rows, rows_left)
         rows_left -= usable
+        if not usable:
+            continue
         targets = rows.micro_batch(0, usable).targets_BT.numpy()
         if (largest := targets.max()) >= encoding.n_vocab:
             raise RunError(f"the data hold token {largest}, but the vocabulary {encoding.name} "
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--log_dir", default="logs", help="folder of the runs (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     options = parser.parse_args(argv)
+    ranks = None
     try:
         ranks = train_gpt.join_ranks()
         result = bits_per_byte(options, ranks)
@@ -107,7 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}" if not dist.is_initialized() or dist.get_rank() == 0 else 1)
+        if ranks is None or ranks.rank == 0 or not isinstance(error, CollectiveError):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -127,19 +127,24 @@ def export(run: str, folder: Path, dtype: str, log_dir: str) -> str:
     state["hyperparameters"] = public_settings(state["hyperparameters"])
     verdict = find_verdict(state["step"], runs, problem, source)
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(checkpoint, dtype, folder / MODEL_FILE)
-    for name, text in source_files(source).items() if source else ():
-        (folder / name).write_text(text, encoding="utf-8")
-    if not source:
-        print("the source that trained the model is neither the one here nor in its log; it is "
-              "left out", file=sys.stderr)
-    card = model_card(checkpoint, runs, verdict, dtype, bool(source))
-    (folder / "README.md").write_text(CARD.format(name=folder.resolve().name, **card), "utf-8")
-    path = folder / MODEL_FILE
-    file = dict(bytes=path.stat().st_size, sha256=train_gpt.hash_file(path))
-    exported = {name: value for name, value in state.items() if name not in LEFT_OUT}
-    exported["files"] = {MODEL_FILE: file}
-    train_gpt.write_state(folder, exported)
+    try:
+        write_model(checkpoint, dtype, folder / MODEL_FILE)
+        for name, text in source_files(source).items() if source else ():
+            (folder / name).write_text(text, encoding="utf-8")
+        if not source:
+            print("the source that trained the model is neither the one here nor in its log; it "
+                  "is left out", file=sys.stderr)
+        card = model_card(checkpoint, runs, verdict, dtype, bool(source))
+        (folder / "README.md").write_text(CARD.format(name=folder.resolve().name, **card), "utf-8")
+        path = folder / MODEL_FILE
+        file = dict(bytes=path.stat().st_size, sha256=train_gpt.hash_file(path))
+        exported = {name: value for name, value in state.items() if name not in LEFT_OUT}
+        exported["files"] = {MODEL_FILE: file}
+        train_gpt.write_state(folder, exported)
+    except BaseException:  # half a model would be in the way of the next try
+        for path in folder.iterdir():
+            path.unlink()
+        raise
     return verdict
 
 

@@ -314,6 +314,15 @@ def test_bpb_of_other_tokens(val_run, vocab, tmp_path, rows):
     assert (result["tokens"], result["bytes"]) == (rows * half, len(raw))
 
 
+def test_bpb_passes_over_a_shard_that_has_not_one_row(val_run, vocab, tmp_path, capsys):
+    shutil.copytree(val_run.folder, tmp_path / "data", ignore=shutil.ignore_patterns("run"))
+    write_tokens(tmp_path / "data" / "a_val_000000.bin", [START, 5, 6])
+    for folder in (val_run.folder, tmp_path / "data"):
+        assert call(bpb, val_run.path, "--data_path", folder, vocab=vocab) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
 def measure(ranks, run: str, vocab: Path) -> dict:
     options = SimpleNamespace(run=run, vocab_dir=vocab, log_dir="logs", data_path=None,
                               val_tokens=None)
@@ -497,6 +506,18 @@ def test_export_without_a_validation(tmp_path):
     run = save(tmp_path / "run", build(large_args()), val_losses=[])
     assert call(export, run, tmp_path / "out") == 0
     assert "| val_loss | not measured |" in read_card(tmp_path / "out")
+
+
+def test_an_export_that_fails_is_not_in_the_way_of_the_next(any_run, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "model_card", raise_no_space)
+        assert call(export, any_run, tmp_path / "out") == 1
+    assert "No space left" in capsys.readouterr().err and not any((tmp_path / "out").iterdir())
+    assert call(export, any_run, tmp_path / "out") == 0
+
+
+def raise_no_space(*args):
+    raise OSError("No space left on device")
 
 
 def test_export_refuses_a_folder_with_something_in_it(any_run, tmp_path, capsys):
