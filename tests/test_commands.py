@@ -183,6 +183,8 @@ for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID RDZV_BACKEND MASTER_ADDR MAST
     variable=PET_$name
     [ -z "${!variable:-}" ] || echo "$variable=${!variable}" >> "$CALLS"
 done
+timeout=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-}
+[ -z "$timeout" ] || echo "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$timeout" >> "$CALLS"
 """
 
 
@@ -319,6 +321,12 @@ def test_the_variables_of_several_machines_reach_torchrun(pretended):
     assert train == ("bin/python3 -m torch.distributed.run --nproc_per_node=8 "
                      "train_gpt.py --track=gpt2-small --data_path=mine")
     assert sorted(seen) == sorted(f"PET_{name}={value}" for name, value in variables.items())
+
+
+@pytest.mark.parametrize("options, seconds", [([], []), (["--save_on_exit"], ["300"])])
+def test_torchrun_gives_time_to_save_on_exit(pretended, options, seconds):
+    done = pretended("--track=gpt2-small", "--data_path=mine", *options, gpus=2)
+    assert [line.split("=")[1] for line in done.calls[1:]] == seconds
 
 
 @pytest.mark.parametrize("track, variables, world_size", [
