@@ -2275,6 +2275,8 @@ def build_optimizers(
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
     muon = dict(momentum=args.muon_momentum, beta2=args.muon_beta2, nesterov=args.muon_nesterov,
                 iteration=args.muon_iteration, steps=args.muon_steps)
+    if args.compile:  # each shape of a group has a kernel, and the limit of 8 would leave some out
+        torch._dynamo.config.recompile_limit = 64
     optimizers = [
         kind(list(groups.values()), rank, world_size, fuse=args.compile,
              weight_decay=args.weight_decay, **settings)

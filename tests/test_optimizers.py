@@ -1,6 +1,7 @@
 """Muon and Adam against hand computations, over any number of ranks and micro-batches."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,6 +31,20 @@ from train_gpt import (
 from train_gpt import zeropower_via_newtonschulz5 as zeropower
 
 ITERATIONS = ["polar-express", "newton-schulz"]
+
+
+def test_every_group_has_a_kernel_compiled_for_it(monkeypatch):
+    args = tiny_args(optimizer="adam", attention_dim=16, value_embeddings=1, output_mixing=True,
+                     bigram_rows=97, row_moments=True, learned_positions=True, compile=True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build(args)
+    [adam] = build_optimizers(model, args)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adam.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(adam.param_groups) > 8
 
 
 # -----------------------------------------------------------------------------
