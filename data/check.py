@@ -43,7 +43,7 @@ def estimate_memory(args: Hyperparameters) -> float:
         parameters = sum(p.numel() for p in GPT(args).parameters())
     # Validation keeps nothing for a backward pass.
     tokens = max(args.device_batch_size, args.val_batch_size // 4)
-    per_number = 60 if args.skip_connections else 55
+    per_number = 60 if args.skip_connections else 55  # bytes, of `modern` and of `baseline`
     if args.fp8_blocks:
         per_number = 36 if args.fp8_gradients else 50
     num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
