@@ -3000,6 +3000,27 @@ def reached_before(state: dict, args: Hyperparameters) -> str | None:
     return state["reached"] if state["hyperparameters"].get("target") == args.target else None
 
 
+def reopen(args: Hyperparameters, facts: dict, ranks: Ranks) -> tuple[Checkpoint, Path]:
+    """The checkpoint to go on from, with notes on what differs from its run, and that run's log.
+
+    RunError if it cannot be gone on with.
+    """
+    checkpoint = open_checkpoint(args.resume, args.log_dir)
+    folder = checkpoint.folder.resolve().parent  # its log stands beside it
+    log_path, step = Path(os.path.relpath(f"{folder}.txt")), checkpoint.state["step"]
+    check_ranks_have(checkpoint, ranks)
+    was_reached = args.stop_at_target and reached_before(checkpoint.state, args)
+    if (step == args.train_steps or was_reached) and has_verdict(log_path):
+        further = ("--stop_at_target false" if was_reached
+                   else "more --train_steps, and --resume_anyway")
+        raise CollectiveError(f"{folder.name} has ended already, at step {step}; to train it "
+                              f"further: {further}")
+    differences = check_same_run(checkpoint.state, facts, args, ranks.world_size)
+    if checkpoint.notes and ranks.rank == 0:  # the damaged one is not to be kept instead
+        os.utime(checkpoint.folder)
+    return checkpoint._replace(notes=checkpoint.notes + differences), log_path
+
+
 def check_ranks_have(checkpoint: Checkpoint, ranks: Ranks) -> None:
     """RunError if the ranks have opened different checkpoints."""
     if ranks.world_size > 1:
@@ -3060,7 +3081,10 @@ def restore(
     checkpoint: Checkpoint, model: GPT, optimizers: list[ShardedOptimizer], clock: "Clock",
     progress: Progress, ranks: Ranks,
 ) -> int:
-    """Put everything back to where the checkpoint was made; returns its step."""
+    """Put everything back to where the checkpoint was made; returns its step.
+
+    Takes the tensors out of the checkpoint, or they would stay in memory, and on the disk.
+    """
     state, device = checkpoint.state, ranks.device
     if state["step"] > progress.args.train_steps:
         raise CollectiveError(f"{checkpoint.folder} is past --train_steps "
@@ -3078,6 +3102,8 @@ def restore(
             optimizer.load_whole_state(checkpoint.optimizer)
     except (RuntimeError, LookupError, ValueError) as error:
         raise CollectiveError(f"{checkpoint.folder} does not fit this model: {error}") from None
+    checkpoint.model.clear()
+    checkpoint.optimizer.clear()
     if ranks.rank < len(state["rng"]):
         rng = state["rng"][ranks.rank]
         torch.set_rng_state(decode(rng["cpu"]))
@@ -3485,6 +3511,29 @@ def warm_up(
         optimizer.load_state_dict(state)
 
 
+def prepare(
+    model: GPT, optimizers: list[ShardedOptimizer], args: Hyperparameters, ranks: Ranks, log: Log,
+    checkpoints: Checkpoints, most_sequences: int,
+) -> tuple[Callable, Recorded | None]:
+    """The model, compiled, and its passes as CUDA graphs, as far as the options say; all has run.
+
+    Checkpoints reserve their memory meanwhile. Graphs take `most_sequences` in a micro-batch.
+    """
+    compiled, recorded = compile_model(model) if args.compile else model, None
+    if not args.kernel_warmup:
+        log("warm-up: none")
+        return compiled, recorded
+    log("compiling and warming up on random tokens; the clock starts after it", console=True)
+    started = time.perf_counter()
+    saves = bool(args.save_every or args.save_on_exit)
+    warm_up(model, compiled, optimizers, args, ranks, checkpoints.reserve if saves else None)
+    if args.cuda_graphs:
+        recorded = Recorded(compiled, optimizers, args, ranks.device, most_sequences)
+        recorded.record_all(ranks.world_size)
+    log(f"warm-up: undone after {time.perf_counter() - started:.1f}s", console=True)
+    return compiled, recorded
+
+
 def check_ranks_agree(model: GPT, ranks: Ranks) -> None:
     """RunError if the ranks ended with different weights."""
     if ranks.world_size == 1:
@@ -3519,23 +3568,11 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
     attention_name, attention = choose_attention(args, ranks.device)
     train_shards, val_shards = on_first_rank(lambda: plan_data(args), ranks)
     run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.recipe}-seed{args.seed}"
-    log_path = Path(args.log_dir) / f"{run_id}.txt"
+    log_path, checkpoint = Path(args.log_dir) / f"{run_id}.txt", None
     facts = run_facts(args, [*train_shards, *val_shards])
-    checkpoint = open_checkpoint(args.resume, args.log_dir) if args.resume else None
-    if checkpoint:
-        folder = checkpoint.folder.resolve().parent  # its log stands beside it
-        run_id, log_path = folder.name, Path(os.path.relpath(f"{folder}.txt"))
-        check_ranks_have(checkpoint, ranks)
-        saved_step = checkpoint.state["step"]
-        was_reached = args.stop_at_target and reached_before(checkpoint.state, args)
-        if (saved_step == args.train_steps or was_reached) and has_verdict(log_path):
-            further = ("--stop_at_target false" if was_reached
-                       else "more --train_steps, and --resume_anyway")
-            raise CollectiveError(f"{run_id} has ended already, at step {saved_step}; to train it "
-                                  f"further: {further}")
-        notes += checkpoint.notes + check_same_run(checkpoint.state, facts, args, ranks.world_size)
-        if checkpoint.notes and ranks.rank == 0:  # the damaged one is not to be kept instead
-            os.utime(checkpoint.folder)
+    if args.resume:
+        checkpoint, log_path = reopen(args, facts, ranks)
+        notes += checkpoint.notes
     encoding = load_encoding() if args.sample_every else None
     is_new = on_first_rank(lambda: log.create(log_path, go_on=bool(checkpoint)), ranks)
 
@@ -3546,32 +3583,19 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
     optimizers = build_optimizers(model, args, ranks.rank, ranks.world_size)
     if is_new:
         log_header(log, args, model, ranks, attention_name, train_shards, val_shards)
-    wandb = start_wandb(args, run_id) if args.log_wandb and ranks.rank == 0 else None
+    wandb = start_wandb(args, log_path.stem) if args.log_wandb and ranks.rank == 0 else None
 
     log(args.describe_run(), console=True)
     for note in notes:
         log(note, console=True)
     checkpoints = Checkpoints(log_path.with_suffix(""), log)
-    compiled, recorded = compile_model(model) if args.compile else model, None
-    if args.kernel_warmup:
-        log("compiling and warming up on random tokens; the clock starts after it", console=True)
-        started = time.perf_counter()
-        saves = bool(args.save_every or args.save_on_exit)
-        warm_up(model, compiled, optimizers, args, ranks, checkpoints.reserve if saves else None)
-        if args.cuda_graphs:
-            most = max(shard.most_sequences for shard in train_shards)
-            recorded = Recorded(compiled, optimizers, args, ranks.device, most)
-            recorded.record_all(ranks.world_size)
-        log(f"warm-up: undone after {time.perf_counter() - started:.1f}s", console=True)
-    else:
-        log("warm-up: none")
+    most_sequences = max(shard.most_sequences for shard in train_shards)
+    compiled, recorded = prepare(model, optimizers, args, ranks, log, checkpoints, most_sequences)
     clock = Clock(ranks.device)
     progress = Progress(args, ranks, log, clock, wandb)
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, model, optimizers, clock, progress, ranks)
-        checkpoint.model.clear()  # or they would stay in memory, and on the disk
-        checkpoint.optimizer.clear()
     shards, shard_step = skip_shards(train_shards, first_step, args)
     batches = prefetch(train_batches([shard.path for shard in shards], args, ranks, shard_step,
                                      first_step))
@@ -3624,7 +3648,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
                   else f"stopped at step {step}, which is not saved")
         raise RunError(f"{checkpoints.problem}; {ending}")
     if not has_ended:
-        log(f"go on with: --resume {run_id}", console=True)
+        log(f"go on with: --resume {log_path.stem}", console=True)
         raise stop.kind
 
 
