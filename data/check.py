@@ -165,6 +165,9 @@ def check_disk(report: Report, args: Hyperparameters, missing_bytes: int) -> Non
 
 def main() -> int:
     argv = sys.argv[1:]
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__, end="")
+        return 0
     args = parse_hyperparameters([option for option in argv if option != "--advise"])
     if torch.cuda.is_available():
         args, _ = switch_off(args, torch.device("cuda", 0))

@@ -77,6 +77,11 @@ def test_help_lists_the_commands(word, tmp_path):
     assert "NPROC" in done.stdout and "train_gpt.py -h" in done.stdout
 
 
+def test_the_check_command_has_a_help_of_its_own():
+    done = run("check", "-h")
+    assert done.returncode == 0 and "Pre-flight" in done.stdout and "--matrix_lr" not in done.stdout
+
+
 @pytest.mark.parametrize("word", ["trian", "train_gpt.py", "-x"])
 def test_an_unknown_command_is_refused_with_the_known_ones(word):
     done = run(word)
