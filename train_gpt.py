@@ -366,6 +366,12 @@ class CollectiveError(RunError):
     """A RunError that every rank raises, so that one report is enough."""
 
 
+def print_error(error: Exception, ranks: "Ranks | None") -> None:
+    """Tell a person, on rank 0 alone if every rank raises it; there may be no `ranks` yet."""
+    if ranks is None or ranks.rank == 0 or not isinstance(error, CollectiveError):
+        print(f"error: {error}", file=sys.stderr)
+
+
 def parse_bool(text: str) -> bool:
     """true, yes, 1 or false, no, 0, in any case; anything else is an argparse error."""
     values = dict(true=True, yes=True, false=False, no=False) | {"1": True, "0": False}
@@ -3719,8 +3725,7 @@ def main() -> int:
         return log.close()
     except RunError as error:
         log(f"error: {error}")
-        if ranks is None or ranks.rank == 0 or not isinstance(error, CollectiveError):
-            print(f"error: {error}", file=sys.stderr)
+        print_error(error, ranks)
         return 1
     except KeyboardInterrupt:
         log("stopped by Ctrl-C", console=True)

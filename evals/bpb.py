@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 from fineweb import load_encoding
 
 import train_gpt
-from train_gpt import CollectiveError, Hyperparameters, Ranks, RunError, TokenRows
+from train_gpt import Hyperparameters, Ranks, RunError, TokenRows, print_error
 
 
 def read_validation(args: Hyperparameters) -> dict[str, TokenRows]:
@@ -110,8 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        if ranks is None or ranks.rank == 0 or not isinstance(error, CollectiveError):
-            print(f"error: {error}", file=sys.stderr)
+        print_error(error, ranks)
         sys.exit(1)
     finally:
         if dist.is_initialized():

@@ -29,13 +29,13 @@ from fineweb import load_encoding
 from train_gpt import (
     DOCUMENT_START,
     GPT,
-    CollectiveError,
     MicroBatch,
     Ranks,
     RunError,
     join_ranks,
     load_run,
     prefetch,
+    print_error,
     split,
 )
 
@@ -275,8 +275,7 @@ def main(parser: argparse.ArgumentParser, argv: list[str] | None, evaluate: Call
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        if ranks is None or ranks.rank == 0 or not isinstance(error, CollectiveError):
-            print(f"error: {error}", file=sys.stderr)
+        print_error(error, ranks)
         sys.exit(1)
     finally:
         if dist.is_initialized():
