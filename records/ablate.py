@@ -32,6 +32,7 @@ from screen import (
     plan_jobs,
     read_plan,
     run_all,
+    run_command,
 )
 
 PLAN = Path(__file__).with_name("ablation.plan")
@@ -162,46 +163,39 @@ def main() -> int:
                         help=f"of each run (default: those of the recipe, {MAX_STEPS} at most)")
     add_run_options(parser, "logs/ablation-RECIPE-STEPS")
     given, options = parse_run_options(parser)
-    try:
-        plan = read_plan(PLAN.read_text(encoding="utf-8"))
-        first, names = next(iter(plan)), parse_names(given.only, plan)
-        options = ["--val_loss_every", "0", *options]  # the end is what is compared
-        control = hyperparameters_of(options)
-        if control.depth:
-            raise LogError("the rules of --depth would change more than a line says; name the "
-                           "sizes instead, as --num_layers 8 --model_dim 512 --num_heads 4")
-        steps = min(MAX_STEPS, control.train_steps) if given.steps is None else given.steps
-        log_dir = given.log_dir or ROOT / "logs" / f"ablation-{control.recipe}-{steps}"
-        log_dir = log_dir.resolve()
-        options = fit_memory([*options, "--train_steps", str(steps)])
-        here = [name for name in plan if any(log_dir.glob(f"{name}-seed*.txt"))]
-        chosen, left_out = choose_lines(
-            {name: plan[name] for name in plan if name in [first, *names, *here]}, options)
-        print(describe_left_out({name: left_out[name] for name in names if name in left_out}),
-              end="", flush=True)
-        wanted = [name for name in chosen if name in [first, *names]]
-        if wanted == [first]:
-            raise LogError(f"there is nothing to compare {first} with")
-        fetch_data([chosen[name][1] for name in wanted])
-        jobs, others = (
-            plan_jobs({name: chosen[name][0] for name in some}, options, given.seeds, log_dir)
-            for some in (wanted, [name for name in chosen if name not in wanted]))
-        done = run_all(jobs, PLAN, log_dir, given.per_gpu, others)
-        if jobs[0] not in done:
-            raise LogError(f"no table: {jobs[0].name}, the control, has not ended well")
-        ablation = read_ablation([job.log for job in done], f"{first}-seed{given.seed}")
-        text, table, picture = render(ablation), log_dir / "table.md", log_dir / "plot.png"
-        table.write_text(text, encoding="utf-8")
-        plot(picture, ablation)
-        print(f"\n{text}\ntable: {table}\nplot: {picture}")
-    except (LogError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    plan = read_plan(PLAN.read_text(encoding="utf-8"))
+    first, names = next(iter(plan)), parse_names(given.only, plan)
+    options = ["--val_loss_every", "0", *options]  # the end is what is compared
+    control = hyperparameters_of(options)
+    if control.depth:
+        raise LogError("the rules of --depth would change more than a line says; name the "
+                       "sizes instead, as --num_layers 8 --model_dim 512 --num_heads 4")
+    steps = min(MAX_STEPS, control.train_steps) if given.steps is None else given.steps
+    log_dir = given.log_dir or ROOT / "logs" / f"ablation-{control.recipe}-{steps}"
+    log_dir = log_dir.resolve()
+    options = fit_memory([*options, "--train_steps", str(steps)])
+    here = [name for name in plan if any(log_dir.glob(f"{name}-seed*.txt"))]
+    chosen, left_out = choose_lines(
+        {name: plan[name] for name in plan if name in [first, *names, *here]}, options)
+    print(describe_left_out({name: left_out[name] for name in names if name in left_out}),
+          end="", flush=True)
+    wanted = [name for name in chosen if name in [first, *names]]
+    if wanted == [first]:
+        raise LogError(f"there is nothing to compare {first} with")
+    fetch_data([chosen[name][1] for name in wanted])
+    jobs, others = (
+        plan_jobs({name: chosen[name][0] for name in some}, options, given.seeds, log_dir)
+        for some in (wanted, [name for name in chosen if name not in wanted]))
+    done = run_all(jobs, PLAN, log_dir, given.per_gpu, others)
+    if jobs[0] not in done:
+        raise LogError(f"no table: {jobs[0].name}, the control, has not ended well")
+    ablation = read_ablation([job.log for job in done], f"{first}-seed{given.seed}")
+    text, table, picture = render(ablation), log_dir / "table.md", log_dir / "plot.png"
+    table.write_text(text, encoding="utf-8")
+    plot(picture, ablation)
+    print(f"\n{text}\ntable: {table}\nplot: {picture}")
     return 0 if all(job in done for job in jobs) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -33,6 +33,7 @@ from screen import (
     parse_run_options,
     plan_jobs,
     run_all,
+    run_command,
     visible_gpus,
 )
 
@@ -148,6 +149,12 @@ def speed_up(points: list[Point], against: Point, recipe: str) -> float | None:
     return against.run.train_time / min(times) if min(times) else np.inf
 
 
+def describe_speed_up(times: float | None) -> str:
+    if times is None:
+        return "not reached"
+    return "before it trains" if np.isinf(times) else f"{times:.1f} times"
+
+
 def render(points: list[Point]) -> str:
     """Markdown: the data, a table of all runs, the laws, and the speed-up at each size."""
     recipes = list(dict.fromkeys(point.recipe for point in points))
@@ -180,14 +187,8 @@ def render(points: list[Point]) -> str:
                   "---: |"]
         for point in points:
             if point.recipe == against:
-                match speed_up(points, point, mine):
-                    case None:
-                        text = "not reached"
-                    case np.inf:
-                        text = "before it trains"
-                    case times:
-                        text = f"{times:.1f} times"
-                lines.append(f"| {point.depth} | {point.ratio:g} | {point.loss:.5f} | {text} |")
+                lines.append(f"| {point.depth} | {point.ratio:g} | {point.loss:.5f} | "
+                             f"{describe_speed_up(speed_up(points, point, mine))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -243,35 +244,28 @@ def main() -> int:
     add_run_options(parser, "logs/miniseries")
     args, options = parse_run_options(parser)
     folder = (args.log_dir or ROOT / "logs" / "miniseries").resolve()
-    try:
-        jobs = []
-        if not args.logs:
-            if not args.recipes and not visible_gpus():
-                raise LogError("there is no GPU; a small series for a CPU: --recipes "
-                               "sample-baseline,sample-record --depths 1,2 --ratios 0.002,0.004")
-            recipes = args.recipes or "baseline,record"
-            lists = (text.split(",") for text in (args.depths, args.ratios, recipes))
-            plan = series_plan(*lists, options)
-            fetch_data([hyperparameters_of(line) for line in plan.values()])
-            jobs = plan_jobs(plan, [], args.seeds, folder)
-        done = run_all(jobs, Path("miniseries"), folder, args.per_gpu) if jobs else []
-        if jobs and not done:
-            raise LogError("not one run has ended well")
-        points = read_series(args.logs or [job.log for job in done])
-        table = render(points)
-        print(f"\n{table}", end="")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(table, encoding="utf-8")
-        plot(folder / "plot.png", points)
-        print(f"\ntable.md and plot.png are in {folder}")
-    except (LogError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    jobs = []
+    if not args.logs:
+        if not args.recipes and not visible_gpus():
+            raise LogError("there is no GPU; a small series for a CPU: --recipes "
+                           "sample-baseline,sample-record --depths 1,2 --ratios 0.002,0.004")
+        recipes = args.recipes or "baseline,record"
+        lists = (text.split(",") for text in (args.depths, args.ratios, recipes))
+        plan = series_plan(*lists, options)
+        fetch_data([hyperparameters_of(line) for line in plan.values()])
+        jobs = plan_jobs(plan, [], args.seeds, folder)
+    done = run_all(jobs, Path("miniseries"), folder, args.per_gpu) if jobs else []
+    if jobs and not done:
+        raise LogError("not one run has ended well")
+    points = read_series(args.logs or [job.log for job in done])
+    table = render(points)
+    print(f"\n{table}", end="")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    plot(folder / "plot.png", points)
+    print(f"\ntable.md and plot.png are in {folder}")
     return 0 if len(done) == len(jobs) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, Queue
@@ -130,7 +131,7 @@ def has_finished(job: Job) -> bool:
         return False
     try:
         [run] = read_log(job.log)
-    except (LogError, ValueError):  # none, or several
+    except ValueError:  # several runs, or, as a LogError, none
         run = None
     if run is None or not run.is_val[-1] or run.steps[-1] != run.train_steps:
         job.log.rename(job.log.with_suffix(".cut-off"))
@@ -249,9 +250,19 @@ def parse_run_options(parser: argparse.ArgumentParser) -> tuple[argparse.Namespa
     return args, options
 
 
+def run_command(main: Callable[[], int]) -> int:
+    """The exit status of main(); 1 after an error for a person, 130 after Ctrl-C, which it says."""
+    try:
+        return main()
+    except (LogError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
 def main() -> int:
-    if sys.argv[1:2] == ["--train-in-turn"]:
-        return train_in_turn(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(
         prog="./run.sh screen", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -260,16 +271,9 @@ def main() -> int:
     add_run_options(parser, "logs/NAME OF THE PLAN")
     args, options = parse_run_options(parser)
     log_dir = (args.log_dir or ROOT / "logs" / args.plan.stem).resolve()
-    try:
-        plan = read_plan(args.plan.read_text(encoding="utf-8"))
-        jobs = plan_jobs(plan, options, args.seeds, log_dir)
-        done = run_all(jobs, args.plan, log_dir, args.per_gpu)
-    except (LogError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    plan = read_plan(args.plan.read_text(encoding="utf-8"))
+    jobs = plan_jobs(plan, options, args.seeds, log_dir)
+    done = run_all(jobs, args.plan, log_dir, args.per_gpu)
     if not done:
         print("no table: not one run has ended well", file=sys.stderr)
         return 1
@@ -282,4 +286,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--train-in-turn"]:
+        sys.exit(train_in_turn(sys.argv[2], sys.argv[3:]))
+    sys.exit(run_command(main))
