@@ -126,9 +126,8 @@ for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID RDZV_BACKEND MASTER_ADDR MAST
     if [ -n "${!name:-}" ]; then export "PET_$name=${!name}"; where=; fi
 done
 if [ "$nproc" = 1 ] && [ -n "$where" ]; then exec "$python" train_gpt.py "$@"; fi
-case " $* " in
-    *save_on_exit* | *save-on-exit*) # torchrun would kill after 30 s what has not ended
-        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} ;;
-esac
+if [[ "${*//-/_}" == *save_on_exit* ]]; then # torchrun would kill after 30 s what has not ended
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(("$(getconf _NPROCESSORS_ONLN)" / nproc + 1))}
 exec "$python" -m torch.distributed.run $where --nproc_per_node="$nproc" train_gpt.py "$@"

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import lzma
+import math
 import multiprocessing
 import os
 import platform
@@ -290,15 +291,14 @@ def publish(args: argparse.Namespace) -> dict:
     prefix = f".{args.name}."
     with tempfile.TemporaryDirectory(".tmp", prefix, args.out_dir) as folder:
         sidecar = make_shards(args, Path(folder))
-        Path(folder, f"{args.name}.json").write_text(json.dumps(sidecar, indent=2) + "\n",
-                                                     encoding="utf-8")
+        new = [Path(folder, name) for name in (*sidecar["files"], f"{args.name}.json")]
+        new[-1].write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
         # The sidecar goes first and comes last: where it is, the set is whole.
         old.sort(key=lambda path: path.suffix != ".json")
         aside = Path(folder, "old")
         aside.mkdir()
-        move_all([(path, aside / path.name) for path in old]
-                 + [(Path(folder, name), args.out_dir / name)
-                    for name in (*sidecar["files"], f"{args.name}.json")])
+        move_all([(path, place / path.name)
+                  for paths, place in ((old, aside), (new, args.out_dir)) for path in paths])
     return sidecar
 
 
@@ -337,11 +337,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("expected input files or --dataset, one of the two")
     if not re.fullmatch(r"\w[\w.-]*", args.name):
         parser.error(f"--name: got {args.name!r}, expected letters, digits, '_', '-' and '.'")
-    for key, least in (("shard_tokens", 2), ("val_tokens", 1), ("num_workers", 1)):
+    for key, least, most in (("shard_tokens", 2, MOST_TOKENS), ("val_tokens", 1, MOST_TOKENS),
+                             ("num_workers", 1, math.inf)):
         if getattr(args, key) < least:
             parser.error(f"--{key}: got {getattr(args, key)}, expected {least} or more")
-        if key != "num_workers" and getattr(args, key) > MOST_TOKENS:
-            parser.error(f"--{key}: got {getattr(args, key)}, expected {MOST_TOKENS} or fewer")
+        if getattr(args, key) > most:
+            parser.error(f"--{key}: got {getattr(args, key)}, expected {most} or fewer")
     # By default it would leave what has been made so far behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -10,7 +10,6 @@ With --name, or where a person answers at a terminal, the record folder is made.
 """
 
 import argparse
-import glob
 import os
 import subprocess
 import sys
@@ -163,8 +162,9 @@ def main() -> int:
     try:
         logs = run_all(seeds, options, args.log_dir, args.run_id, gpus)
     except KeyboardInterrupt:
-        found = sorted(map(str, args.log_dir.glob(f"{glob.escape(args.run_id)}-seed*.txt")))
-        print(f"stopped; logs so far: {' '.join(found) or 'none'}", file=sys.stderr)
+        logs = (args.log_dir / f"{args.run_id}-seed{seed}.txt" for seed in seeds)
+        found = " ".join(str(log) for log in logs if log.exists())
+        print(f"stopped; logs so far: {found or 'none'}", file=sys.stderr)
         return 130
     if not logs:
         print("error: no run ended well, there is nothing to check", file=sys.stderr)
