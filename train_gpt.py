@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -216,10 +217,11 @@ class Hyperparameters:
 
     @property
     def train_tokens(self) -> int:
-        stages = self.stage_batch_sizes
-        ends = [-(-i * self.train_steps // len(stages)) for i in range(len(stages) + 1)]
+        # By stages, as `batch_size_at` has them: there may be too many steps to look at each.
+        sizes = self.stage_batch_sizes
+        starts = [-(-i * self.train_steps // len(sizes)) for i in range(len(sizes) + 1)]
         return sum(size * (end - start)
-                   for size, start, end in zip(stages, ends, ends[1:], strict=False))
+                   for size, (start, end) in zip(sizes, pairwise(starts), strict=True))
 
     @property
     def max_val_length(self) -> int:
@@ -2921,7 +2923,7 @@ class Checkpoint(NamedTuple):
     state: dict
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    notes: list[str]  # what is wrong with newer ones
+    notes: list[str]  # what is wrong with newer ones, or other than in the run that it is of
 
 
 def open_checkpoint(run: str, log_dir: str = "logs", model_only: bool = False) -> Checkpoint:

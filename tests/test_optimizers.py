@@ -33,20 +33,6 @@ from train_gpt import zeropower_via_newtonschulz5 as zeropower
 ITERATIONS = ["polar-express", "newton-schulz"]
 
 
-def test_every_group_has_a_kernel_compiled_for_it(monkeypatch):
-    args = tiny_args(optimizer="adam", attention_dim=16, value_embeddings=1, output_mixing=True,
-                     bigram_rows=97, row_moments=True, learned_positions=True, compile=True)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = build(args)
-    [adam] = build_optimizers(model, args)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    adam.step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(adam.param_groups) > 8
-
-
 # -----------------------------------------------------------------------------
 # Orthogonalisation
 
@@ -159,6 +145,20 @@ def test_in_a_group_of_rows_adam_divides_a_row_by_its_root_mean_square():
         torch.testing.assert_close(torch.cat(ours).detach(), expected, atol=2e-3, rtol=0)
     dtypes = {name: value.dtype for name, value in adam.state[ours[0]].items() if name != "step"}
     assert dtypes == dict(exp_avg=torch.bfloat16, exp_avg_sq=torch.float32)
+
+
+def test_every_group_has_a_kernel_compiled_for_it(monkeypatch):
+    args = tiny_args(optimizer="adam", attention_dim=16, value_embeddings=1, output_mixing=True,
+                     bigram_rows=97, row_moments=True, learned_positions=True, compile=True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build(args)
+    [adam] = build_optimizers(model, args)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adam.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(adam.param_groups) > 8
 
 
 # -----------------------------------------------------------------------------
