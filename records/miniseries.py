@@ -205,6 +205,7 @@ def plot(path: Path, points: list[Point]) -> None:
     colors = ["tab:gray", "tab:blue", "tab:red", "tab:green"]
     for color, recipe in zip(itertools.cycle(colors), recipes, strict=False):
         mine = [point for point in points if point.recipe == recipe]
+        axis.plot([], [], "o-", ms=4, lw=0.8, color=color, alpha=0.7, label=recipe)
         for depth in dict.fromkeys(point.depth for point in mine):
             of_size = [point for point in mine if point.depth == depth]
             axis.plot([p.compute for p in of_size], [p.loss for p in of_size], "o-", ms=4, lw=0.8,
@@ -213,8 +214,8 @@ def plot(path: Path, points: list[Point]) -> None:
                           xytext=(3, 3), textcoords="offset points")
         law = fit_law(mine)
         curve = [] if law is None else frontier(law, mine, compute)
-        label = f"{recipe}: the best that its law allows" if np.isfinite(curve).any() else recipe
-        axis.plot(compute[: len(curve)], curve, "--", color=color, label=label)
+        if np.isfinite(curve).any():
+            axis.plot(compute, curve, "--", color=color, label=f"{recipe}: the best by its law")
     axis.set(xscale="log", xlabel="training compute, FLOP", ylabel="final val_loss, nats per token")
     axis.grid(alpha=0.3)
     axis.legend()
