@@ -549,9 +549,18 @@ def test_the_batch_goes_with_the_tokens_and_the_weight_decay_against_the_steps()
     short, long = (dialled("baseline", 12, "--target_param_data_ratio", str(ratio))
                    for ratio in (2, 100))
     assert [a.stage_batch_sizes[0] for a in (short, long)] == [2**18, 2**20]
-    sums = [a.weight_decay * a.matrix_lr * lr_multiplier(a.train_steps // 2, a) * a.train_steps
-            for a in (small, middle, large)]
-    assert sums == pytest.approx([0.1 * 0.0018 * 4768] * 3, rel=1e-6)
+    record = [dialled("record", depth, "--target_param_data_ratio", str(ratio))
+              for depth, ratio in ((4, 0.5), (16, 20))]
+
+    def shrinks(args) -> float:
+        """By how much weights do over the run."""
+        rates = [args.matrix_lr * lr_multiplier(step, args) for step in range(args.train_steps)]
+        return args.weight_decay * sum(rates)
+
+    for recipe, sizes in (("baseline", (small, middle, large)), ("record", record)):
+        whole = shrinks(parse_hyperparameters(["--track", "single-gpu", "--recipe", recipe]))
+        assert whole and [shrinks(args) for args in sizes] == pytest.approx([whole] * len(sizes),
+                                                                           rel=0.01)
     assert dialled("modern", 24).weight_decay == 0
 
 
