@@ -3498,7 +3498,9 @@ def warm_up(
 
     `reserve` is called with the tensors that a checkpoint will hold.
     """
-    saved = copy.deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
+    # On the CPU, because a GPU may have no room for them twice.
+    weights = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+    states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
     train_batch = random_micro_batch(args, args.device_batch_size, training=True)
     val_batch = random_micro_batch(args, args.val_batch_size, training=False)
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
@@ -3514,8 +3516,8 @@ def warm_up(
                 tensors = tensors_to_save(model, optimizers)
                 if ranks.rank == 0:  # which saves for all
                     reserve(tensors)
-    model.load_state_dict(saved[0])
-    for optimizer, state in zip(optimizers, saved[1:], strict=True):
+    model.load_state_dict(weights)
+    for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
 
 

@@ -43,12 +43,14 @@ def estimate_memory(args: Hyperparameters) -> float:
         parameters = sum(p.numel() for p in GPT(args).parameters())
     # Validation keeps nothing for a backward pass.
     tokens = max(args.device_batch_size, args.val_batch_size // 4)
-    per_number = 60 if args.skip_connections else 55  # bytes, of `modern` and of `baseline`
+    per_number = 58 if args.skip_connections else 55  # bytes, of `modern` and of `baseline`
     if args.fp8_blocks:
         per_number = 36 if args.fp8_gradients else 50
+    # A cap without its kernel keeps several numbers of each logit.
+    per_logit = 7.5 if args.logit_softcap and not args.triton_kernels else 2.3
     num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
                  + per_number * args.num_layers * args.model_dim * tokens  # activations
-                 + 2.3 * args.loss_chunk_size * args.vocab_size  # logits in validation
+                 + per_logit * args.loss_chunk_size * args.vocab_size
                  # The memory of CUDA graphs is of no use to validation.
                  + 165 * args.model_dim * args.val_batch_size * args.cuda_graphs)
     return 1.05 * num_bytes / 2**30 + 0.7  # what the allocator leaves unused, and CUDA itself
@@ -88,18 +90,24 @@ def advise(args: Hyperparameters, free: float) -> str:
     micro_rows = args.device_batch_size // args.row_length
     if rows % micro_rows == 0 and estimate_memory(args) < 0.95 * free:
         return ""
-    # Graphs take memory of their own, but are worth more than a large micro-batch.
-    for cuda_graphs in sorted({args.cuda_graphs, False}, reverse=True):
+    # Graphs take memory of their own, but are worth more than a large micro-batch. Fewer logits at
+    # a time are smaller products; where the vocabulary is sampled, they would be another sample.
+    some_logits = args.loss_chunk_size if args.sampled_vocab else min(args.loss_chunk_size, 2_048)
+    for cuda_graphs, loss_chunk_size in dict.fromkeys([
+            (args.cuda_graphs, args.loss_chunk_size), (False, args.loss_chunk_size),
+            (False, some_logits)]):
         for n in range(micro_rows, 0, -1):
             size = n * args.row_length
             val_rows = max(1, size // args.max_val_length)
             val_size = min(val_rows * args.max_val_length, args.val_batch_size)
             smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=val_size,
-                                          cuda_graphs=cuda_graphs)
+                                          cuda_graphs=cuda_graphs, loss_chunk_size=loss_chunk_size)
             fits = rows % n == 0 and find_problem(smaller) is None
             if fits and estimate_memory(smaller) < 0.9 * free:
                 return (f"--device_batch_size {size} --val_batch_size {val_size}"
-                        + " --cuda_graphs false" * (args.cuda_graphs and not cuda_graphs))
+                        + " --cuda_graphs false" * (args.cuda_graphs and not cuda_graphs)
+                        + f" --loss_chunk_size {loss_chunk_size}"
+                        * (loss_chunk_size < args.loss_chunk_size))
     raise RunError(f"about {estimate_memory(smaller):.0f} GiB of GPU memory are needed at least, "
                    f"but {free:.0f} GiB are free")
 

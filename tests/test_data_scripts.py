@@ -26,7 +26,7 @@ import decode
 import fineweb
 
 import train_gpt
-from train_gpt import check_shard, estimate_shards, parse_hyperparameters
+from train_gpt import RunError, check_shard, estimate_shards, parse_hyperparameters
 
 ROOT = Path(__file__).resolve().parents[1]
 MERGES = ["t h", "th e", "Ġ the", "a n", "an d"]  # Ġ stands for a space
@@ -668,6 +668,18 @@ def test_the_advice_fits_the_memory_and_the_ranks(
     assert advice.endswith(" --cuda_graphs false") == (not has_graphs)
     args = dataclasses.replace(args, device_batch_size=expected or args.device_batch_size)
     train_gpt.check_accumulation(args, world_size)
+
+
+def test_the_last_thing_to_save_memory_on_is_logits(data_check, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    small = "--device_batch_size 16384 --val_batch_size 16384"
+    args = parse_hyperparameters(["--track", "single-gpu", "--recipe", "modern"])
+    assert data_check.advise(args, 20) == small
+    assert data_check.advise(args, 15.5) == f"{small} --loss_chunk_size 2048"
+    sampled = parse_hyperparameters(["--track", "single-gpu", "--recipe", "modern",
+                                     "--sampled_vocab", "14336"])
+    with pytest.raises(RunError, match="are needed at least, but 15 GiB are free"):
+        data_check.advise(sampled, 15)
 
 
 def test_the_estimate_of_memory_agrees_with_what_readme_measured(data_check):
