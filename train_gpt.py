@@ -987,20 +987,15 @@ def train_batches(
     """
     pin = ranks.device.type == "cuda"
     rows_per_micro_batch = args.device_batch_size // args.row_length
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(TokenRows, paths[0], args, True)
-        for next_path in [*paths[1:], None]:
-            shard = upcoming.result()
-            if next_path:
-                upcoming = reader.submit(TokenRows, next_path, args, True)
-            for rows in rows_of_steps(shard.num_rows, step, args):
-                share = len(rows) // ranks.world_size
-                mine = rows[ranks.rank * share : (ranks.rank + 1) * share : rows_per_micro_batch]
-                if step >= first_step:
-                    parts = (shard.micro_batch(row, share) for row in rows[::share])
-                    yield ([shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine],
-                           plan_exchanges(parts, args, ranks))
-                step += 1
+    for shard in prefetch((TokenRows(path, args, training=True) for path in paths), depth=1):
+        for rows in rows_of_steps(shard.num_rows, step, args):
+            share = len(rows) // ranks.world_size
+            mine = rows[ranks.rank * share : (ranks.rank + 1) * share : rows_per_micro_batch]
+            if step >= first_step:
+                parts = (shard.micro_batch(row, share) for row in rows[::share])
+                yield ([shard.micro_batch(row, rows_per_micro_batch, pin) for row in mine],
+                       plan_exchanges(parts, args, ranks))
+            step += 1
 
 
 def prefetch(items: Iterable, depth: int = 2) -> Iterator:
