@@ -786,22 +786,19 @@ class TokenRows:
             raise RunError(f"{path} holds token {largest}, the vocabulary's last, which has to "
                            f"stand for hidden ones; give a larger --vocab_size, as 50304")
         self.args = args
-        self.row_length = self.max_length = args.row_length if training else args.max_val_length
-        self.whole_rows = not args.document_masking
+        self.row_length = args.row_length if training else args.max_val_length
+        self.max_length = args.max_train_length if training else args.max_val_length
         row_starts = np.arange(0, len(self.tokens) - self.row_length, self.row_length)
-        if not args.document_masking:
-            self.starts, self.lengths = row_starts, np.full_like(row_starts, self.row_length)
-            self.first_sequence = np.arange(len(row_starts) + 1)
-            return
         documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
-        if not len(documents):
+        if not args.document_masking:
+            documents = row_starts
+        elif not len(documents):
             raise RunError(f"{path} holds no document start (token {DOCUMENT_START}); with such "
                            f"data use --document_masking false")
-        if training:
-            self.max_length = args.max_train_length
-            if not args.document_rests:
-                self._pack(documents)
-                return
+        elif training and not args.document_rests:
+            self._pack(documents)
+            return
+        elif training:
             documents = np.union1d(0, documents)  # a shard may begin within one
             counts = -(-np.diff(documents, append=len(self.tokens)) // self.max_length)
             pieces = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -846,7 +843,7 @@ class TokenRows:
         tensors = [torch.from_numpy(array.astype(np.int32))
                    for array in (inputs, targets, np.append(0, ends))]
         return MicroBatch(*(t.pin_memory() if pin else t for t in tensors), self.max_length,
-                          self.whole_rows, is_causal=not share)
+                          not self.args.document_masking, is_causal=not share)
 
 
 class ShardInfo(NamedTuple):
