@@ -540,29 +540,34 @@ def default_recipe(track: str) -> str:
 
 def find_problem(args: Hyperparameters) -> str | None:
     """What is wrong with the sizes in `args`, for a person, or None. Knows nothing of ranks."""
-    positive = ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
-                "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
-                "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead",
-                "muon_steps")
-    for name in positive:
-        if getattr(args, name) < 1:
-            return f"--{name} must be at least 1, got {getattr(args, name)}"
-    for name in ("value_embeddings", "val_loss_every", "val_row_length", "window_start", "depth",
-                 "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
-                 "attention_softcap", "grad_clip", "bigram_rows", "norm_eps", "adam_eps"):
-        if getattr(args, name) < 0:
-            return f"--{name} must not be negative, got {getattr(args, name)}"
-    for name in ("target_param_data_ratio", "rotary_base"):
-        if getattr(args, name) <= 0:
-            return f"--{name} must be above 0, got {getattr(args, name)}"
-    for name in ("adam_beta1", "adam_beta2", "muon_beta2", "muon_momentum"):
-        if not 0 <= getattr(args, name) < 1:
-            return f"--{name} must be at least 0 and below 1, got {getattr(args, name)}"
+    for name, value in dataclasses.asdict(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"--{name} must be a number, got {value}"
+    limits = {
+        "be at least 1": (lambda value: value >= 1, (
+            "batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
+            "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
+            "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead",
+            "muon_steps")),
+        "not be negative": (lambda value: value >= 0, (
+            "value_embeddings", "val_loss_every", "val_row_length", "window_start", "depth",
+            "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
+            "attention_softcap", "grad_clip", "bigram_rows", "norm_eps", "adam_eps")),
+        "be above 0": (lambda value: value > 0, ("target_param_data_ratio", "rotary_base")),
+        "be at least 0 and below 1": (lambda value: 0 <= value < 1, (
+            "adam_beta1", "adam_beta2", "muon_beta2", "muon_momentum")),
+        "be between 0 and 1": (lambda value: 0 <= value <= 1, (
+            "warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction", "untie_frac",
+            "masked_share")),
+        "be -1 or more": (lambda value: value >= -1, ("save_every", "sample_every")),
+        "be between 0 and 2^63 - 1": (lambda value: 0 <= value < 2**63, ("seed",)),
+    }
+    for limit, (holds, names) in limits.items():
+        for name in names:
+            if not holds(getattr(args, name)):
+                return f"--{name} must {limit}, got {getattr(args, name)}"
     if args.tokens_ahead > args.row_length:
         return f"--tokens_ahead {args.tokens_ahead} is more than --row_length {args.row_length}"
-    for name in ("save_every", "sample_every"):
-        if getattr(args, name) < -1:
-            return f"--{name} must be -1 or more, got {getattr(args, name)}"
     if args.run_id.startswith(".") or re.search(r"[/\\]", args.run_id):
         return f"--run_id must be the name of a file, got {args.run_id!r}"
     if args.logit_softcap > 70:  # exp(cap) * vocab_size has to be a float32
@@ -604,15 +609,6 @@ def find_problem(args: Hyperparameters) -> str | None:
     if 2 * args.value_embeddings > args.num_layers:
         return (f"--value_embeddings {args.value_embeddings} tables serve two layers each, "
                 f"but --num_layers is {args.num_layers}")
-    for name, value in dataclasses.asdict(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"--{name} must be a number, got {value}"
-    if not 0 <= args.seed < 2**63:
-        return f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
-    for name in ("warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction", "untie_frac",
-                 "masked_share"):
-        if not 0 <= getattr(args, name) <= 1:
-            return f"--{name} must be between 0 and 1, got {getattr(args, name)}"
     if (args.window_start == 0) != (args.window_end == 0) or args.window_start > args.window_end:
         return (f"--window_start {args.window_start} and --window_end {args.window_end} must both "
                 f"be 0 (no windows), or rise")
