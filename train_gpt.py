@@ -1093,10 +1093,8 @@ def load_flash_attention(has_softcap: bool = False) -> Callable | None:
     """`sdpa_attention` through an installed FlashAttention 3 or 2, or None."""
     flash = None
     for module in ("flash_attn", "flash_attn_interface"):  # the latter, version 3, wins
-        try:
+        with suppress(ImportError, OSError, AttributeError):
             flash = importlib.import_module(module).flash_attn_varlen_func
-        except (ImportError, OSError, AttributeError):
-            continue
     if flash is None or has_softcap and "softcap" not in inspect.signature(flash).parameters:
         return None
 
