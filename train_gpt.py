@@ -1031,39 +1031,39 @@ def sdpa_attention(
     not causal as many after it, within its own sequence. There may be fewer heads of keys and
     values, each for as many queries in a row. Returns (B, T, H, K) in the dtype of `q_BTHK`.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     mask = None
     if window or not batch.whole_rows:
         B, T = q_BTHK.shape[:2]
-        position = torch.arange(T, device=q.device)
+        position = torch.arange(T, device=q_BTHK.device)
         distance_TT = position[:, None] - position
-        token = torch.arange(B * T, device=q.device, dtype=torch.int32)
+        token = torch.arange(B * T, device=q_BTHK.device, dtype=torch.int32)
         sequence_BT = torch.searchsorted(batch.cu_seqlens, token, right=True).view(B, T)
         distance_TT = distance_TT if batch.is_causal else distance_TT.abs()
         mask = (distance_TT >= 0) & (sequence_BT[:, :, None] == sequence_BT[:, None, :])
         mask = (mask & (distance_TT <= window) if window else mask)[:, None]
     is_causal = mask is None and batch.is_causal
     with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
-        return masked_attention(q, k, v, mask, is_causal, scale, softcap).transpose(1, 2)
+        return masked_attention(q_BTHK, k_BTHK, v_BTHK, mask, is_causal, scale, softcap)
 
 
 def masked_attention(
-    q_BHTK, k_BHSK, v_BHSK, mask, is_causal: bool, scale: float, softcap: float
+    q_BTHK, k_BSHK, v_BSHK, mask, is_causal: bool, scale: float, softcap: float
 ) -> Tensor:
     """Attention where the mask, if any, is true, or else everywhere, or to what is not later.
 
-    Returns (B, H, T, K). With a `softcap` (Gemma 2) the logits exist all at once.
+    Returns (B, T, H, K). With a `softcap` (Gemma 2) the logits exist all at once.
     """
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
     if not softcap:
-        has_groups = q_BHTK.size(1) != k_BHSK.size(1)
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale,
-                                              is_causal=is_causal, enable_gqa=has_groups)
-    k, v = (per_query(x, q_BHTK, dim=1) for x in (k_BHSK, v_BHSK))
-    logits = softcap * torch.tanh((q_BHTK @ k.mT).float() * (scale / softcap))
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=is_causal,
+                                           enable_gqa=q.size(1) != k.size(1))
+        return y.transpose(1, 2)
+    k, v = (per_query(x, q, dim=1) for x in (k, v))
+    logits = softcap * torch.tanh((q @ k.mT).float() * (scale / softcap))
     if mask is None:
         mask = torch.ones_like(logits[0, 0], dtype=torch.bool)
         mask = mask.tril() if is_causal else mask
-    return logits.masked_fill(~mask, -torch.inf).softmax(-1).type_as(v) @ v
+    return (logits.masked_fill(~mask, -torch.inf).softmax(-1).type_as(v) @ v).transpose(1, 2)
 
 
 def per_query(x: Tensor, q: Tensor, dim: int) -> Tensor:
@@ -1419,8 +1419,7 @@ class Memory:
             return attention(q_BTHK, k_BTHK, v_BTHK, batch, window, scale, softcap)
         distance = self.position - self.places
         mask = ((distance >= 0) & (distance <= (window or self.length)))[None]
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k, v))
-        return masked_attention(q, k, v, mask, False, scale, softcap).transpose(1, 2)
+        return masked_attention(q_BTHK, k, v, mask, False, scale, softcap)
 
 
 class CausalSelfAttention(nn.Module):
