@@ -853,12 +853,9 @@ class ShardInfo(NamedTuple):
 def inspect_shard(path: Path, args: Hyperparameters, training: bool) -> ShardInfo:
     """Read a shard through: its rows, and its size and hash for the log. RunError if bad."""
     rows = TokenRows(path, args, training)
-    with open(path, "rb") as file:
-        sha256 = hashlib.sha256(file.read(4 * SHARD_HEADER_INTS))
-    sha256.update(rows.tokens)
     starts = np.append(rows.first_sequence[:: args.device_batch_size // args.row_length],
                        rows.first_sequence[-1])
-    return ShardInfo(path, path.stat().st_size, sha256.hexdigest(), rows.num_rows,
+    return ShardInfo(path, path.stat().st_size, hash_file(path), rows.num_rows,
                      int(np.diff(starts).max()))
 
 
