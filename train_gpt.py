@@ -1735,8 +1735,7 @@ def linear_cross_entropy(
 
 def final_logits(x_ND, padded_WD, vocab_size: int, offsets_V, args: Hyperparameters) -> Tensor:
     """Logits of the vocabulary, (N, V), float32, capped, and with the offsets if there are any."""
-    logits = product(x_ND, padded_WD, x_ND.dtype)[:, :vocab_size]
-    logits = capped(logits, args.logit_softcap, args.softcap_kind)
+    logits = capped((x_ND @ padded_WD.T)[:, :vocab_size], args.logit_softcap, args.softcap_kind)
     return logits if offsets_V is None else logits + offsets_V
 
 
