@@ -1383,12 +1383,12 @@ def shift(x_BTX: Tensor, is_first_BT: Tensor, before_BTX: Tensor | None = None) 
 class Memory:
     """What generation keeps of the tokens so far: of `inputs`, and of each layer's keys and values.
 
-    All have room for `length` tokens in each of `rows` rows, and the tokens so far are counted on
-    the device, so that the work for one more token is always the same, and can be replayed.
+    All have room for `length` tokens, and the tokens so far are counted on the device, so that the
+    work for one more token is always the same, and can be replayed.
     """
 
-    def __init__(self, rows: int, length: int, device: torch.device):
-        self.rows, self.length = rows, length
+    def __init__(self, length: int, device: torch.device):
+        self.length = length
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next token
         self.places = torch.arange(length, device=device)
         self.kept: dict[tuple, Tensor] = {}
@@ -1397,7 +1397,7 @@ class Memory:
     def keep(self, key: tuple, x_BTX: Tensor) -> Tensor:
         """Add these to what is kept under the key; returns all of it, (B, length, ...)."""
         if self.is_prompt:
-            self.kept[key] = x_BTX.new_zeros(self.rows, self.length, *x_BTX.shape[2:])
+            self.kept[key] = x_BTX.new_zeros(len(x_BTX), self.length, *x_BTX.shape[2:])
             self.kept[key][:, : x_BTX.size(1)] = x_BTX
         else:
             self.kept[key].index_copy_(1, self.position, x_BTX)
@@ -2412,7 +2412,7 @@ def draw_tokens(
 ) -> Iterator[int]:
     """The tokens of `generate`; `choose` takes logits, (V,), and returns one of them, ()."""
     device = model.head_weight.device
-    memory = Memory(1, len(prompt) + count, device)
+    memory = Memory(len(prompt) + count, device)
     logits = next_logits(model, windows, torch.tensor([prompt], device=device).int(), memory)
     memory.position += len(prompt)
     memory.is_prompt = False

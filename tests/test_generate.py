@@ -47,7 +47,7 @@ def uncached_logits(model: GPT, windows, tokens: list[int]) -> torch.Tensor:
 
 def cached_logits(model: GPT, windows, tokens: list[int], prompt: int) -> torch.Tensor:
     """Logits after the first `prompt` tokens, and after each one that follows."""
-    memory = Memory(1, len(tokens), torch.device("cpu"))
+    memory = Memory(len(tokens), torch.device("cpu"))
     inputs = torch.tensor([tokens]).int()
     logits = [next_logits(model, windows, inputs[:, :prompt], memory)]
     memory.position += prompt
