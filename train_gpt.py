@@ -1715,10 +1715,9 @@ def linear_cross_entropy(
     """Sum of the cross entropies, nats, of the logits x @ weight.T, soft-capped if args say so.
 
     `offsets_V`, if not None, are added to the (capped) logits. The sum is that of the first of K
-    targets, while the gradient is that of all of them, each times its weight in `ahead_K`. In
-    training, a target of -1 counts for nothing; with `fp8_head`, |x| is at most `bound`.
-    Validation, which is what runs without gradients, does without 8-bit floats, and compares with
-    the whole vocabulary.
+    targets, while the gradient is that of all of them, each times its weight in `ahead_K`. A target
+    of -1 counts for nothing; with `fp8_head`, |x| is at most `bound`. Validation, which is what
+    runs without gradients, does without 8-bit floats, and compares with the whole vocabulary.
     """
     if torch.is_grad_enabled():
         return LinearCrossEntropy.apply(x_ND, weight_VD, targets_NK, ahead_K, offsets_V, args,
@@ -1729,7 +1728,7 @@ def linear_cross_entropy(
         logits = final_logits(x, weight, len(weight_VD), offsets_V, args)
         of_target = logits.gather(1, targets.clamp_min(0).long())
         losses = log_total(logits, args.logit_softcap) - of_target
-        total = total + (losses * (targets >= 0) if args.masked_share else losses).sum()
+        total = total + (losses * (targets >= 0)).sum()
     return total
 
 
