@@ -228,12 +228,12 @@ class Hyperparameters:
         """Tokens in a row of validation, which is also the longest that a sequence can be."""
         return self.val_row_length or self.row_length
 
-    @property
-    def max_train_length(self) -> int:
-        """Tokens in the longest sequence of a training row."""
-        if not self.document_masking:
-            return self.row_length
-        return min(self.max_document_length, self.row_length)
+    def row_lengths(self, training: bool) -> tuple[int, int]:
+        """Tokens in a row, and in the longest sequence that it can hold."""
+        if not training:
+            return self.max_val_length, self.max_val_length
+        cut = self.max_document_length if self.document_masking else self.row_length
+        return self.row_length, min(cut, self.row_length)
 
     def predictions(self, tokens: int, row_length: int) -> int:
         """How many of the tokens of whole rows are predicted."""
@@ -782,8 +782,7 @@ class TokenRows:
             raise RunError(f"{path} holds token {largest}, the vocabulary's last, which has to "
                            f"stand for hidden ones; give a larger --vocab_size, as 50304")
         self.args = args
-        self.row_length = args.row_length if training else args.max_val_length
-        self.max_length = args.max_train_length if training else args.max_val_length
+        self.row_length, self.max_length = args.row_lengths(training)
         row_starts = np.arange(0, len(self.tokens) - self.row_length, self.row_length)
         documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
         if not args.document_masking:
@@ -1001,12 +1000,11 @@ def prefetch(items: Iterable, depth: int = 2) -> Iterator:
 def random_micro_batch(args: Hyperparameters, num_tokens: int, training: bool) -> MicroBatch:
     """A micro-batch of random tokens in the shapes of real ones, for warming up."""
     generator = torch.Generator().manual_seed(args.seed)
-    row_length = args.row_length if training else args.max_val_length
+    row_length, max_length = args.row_lengths(training)
     shape = (num_tokens // row_length, row_length)
     # Not two views of one tensor, which a compiled graph would tell from real ones.
     inputs, targets = (torch.randint(args.vocab_size, shape, generator=generator).int()
                        for _ in range(2))
-    max_length = args.max_train_length if training else args.max_val_length
     starts = torch.arange(0, num_tokens, max_length, dtype=torch.int32)
     return MicroBatch(inputs, targets, F.pad(starts, (0, 1), value=num_tokens), max_length,
                       not args.document_masking, is_causal=not args.masked_share)
