@@ -649,7 +649,7 @@ def check_shard(path: Path) -> int:
         raise RunError(f"{path} is not a token shard: its first number should be {SHARD_MAGIC}")
     if header[1] != SHARD_VERSION:
         raise RunError(f"{path} has shard version {header[1]}, expected {SHARD_VERSION}")
-    expected, size = 4 * SHARD_HEADER_INTS + 2 * int(header[2]), Path(path).stat().st_size
+    expected, size = 4 * SHARD_HEADER_INTS + 2 * int(header[2]), path.stat().st_size
     if size != expected:
         raise RunError(f"{path} has {size:,} bytes, but its header promises {expected:,}: "
                        f"it is truncated or damaged; fetch it again")
