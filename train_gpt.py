@@ -2704,7 +2704,7 @@ class Progress:
 
     def queued(self, result: Tensor) -> None:
         """One more step was queued; `result` will be its loss, and perhaps the votes to stop."""
-        result_and_stamp = copy_to_cpu(result), self.clock.stamp()
+        result_and_stamp = result.to("cpu", non_blocking=True), self.clock.stamp()
         self.finish_step()
         self.unread = result_and_stamp
 
@@ -3311,14 +3311,6 @@ class Clock:
     def graphs(self) -> int:
         dynamo = sys.modules.get("torch._dynamo.utils")
         return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def copy_to_cpu(value: Tensor) -> Tensor:
-    """Start copying a small tensor to the CPU, without waiting for the device."""
-    if not value.is_cuda:
-        return value
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return copy.copy_(value, non_blocking=True)
 
 
 def add_gradients(
