@@ -2767,13 +2767,10 @@ class Progress:
         self.log(f"peak memory: {peak_memory}", console=True)
         self.log(f"graphs compiled while the clock ran: {self.clock.recompilations}",
                  console=self.clock.recompilations > 0)
-        if not args.target:
-            verdict = f"target none of track {args.track}: {self.outcome(*self.val_losses[-1])}"
-        elif self.reached:
-            verdict = f"target {args.target} of track {args.track} reached: {self.reached}"
-        else:
-            verdict = (f"target {args.target} of track {args.track} not reached: "
-                       f"{self.outcome(*self.val_losses[-1])}")
+        verdict = f"target {args.target or 'none'} of track {args.track}"
+        if args.target:
+            verdict += " reached" if self.reached else " not reached"
+        verdict += f": {self.reached or self.outcome(*self.val_losses[-1])}"
         for mark in self.marks:
             self.log(f"not a record: {mark}")
         if reasons := reasons_not_a_record(args, self.ranks.world_size) + self.marks:
