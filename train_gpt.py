@@ -2362,17 +2362,16 @@ def evaluate(
     random generator or training data.
     """
     rows_per_batch = args.val_batch_size // args.max_val_length
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    rows_left, batch_index = args.val_tokens // args.max_val_length, 0
+    batches, rows_left = [], args.val_tokens // args.max_val_length
     for rows in shards:
         usable = min(rows.num_rows, rows_left)
         rows_left -= usable
-        for row in range(0, usable, rows_per_batch):
-            if batch_index % ranks.world_size == ranks.rank:
-                batch = rows.micro_batch(row, min(rows_per_batch, usable - row))
-                with memory_advice(args, "val_batch_size"):
-                    total += model(batch.to(ranks.device), windows)
-            batch_index += 1
+        batches += [(rows, first, min(rows_per_batch, usable - first))
+                    for first in range(0, usable, rows_per_batch)]
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for rows, first, count in batches[ranks.rank :: ranks.world_size]:
+        with memory_advice(args, "val_batch_size"):
+            total += model(rows.micro_batch(first, count).to(ranks.device), windows)
     if ranks.world_size > 1:
         dist.all_reduce(total)
     return total.item() / args.predictions(args.val_tokens, args.max_val_length)
