@@ -2226,8 +2226,7 @@ LEARNING_RATES = ("matrix", "embed", "bigram", "head", "scalar")  # kinds of par
 def build_optimizers(
     model: GPT, args: Hyperparameters, rank: int = 0, world_size: int = 1
 ) -> list[ShardedOptimizer]:
-    """Optimizers that hold each parameter of the model once; RunError names one they do not."""
-    lrs = {kind: getattr(args, f"{kind}_lr") for kind in LEARNING_RATES}
+    """Optimizers that hold each parameter of the model once."""
     adam_groups, muon_groups = {}, {}
     for name, p in model.named_parameters():
         if p.ndim < 2 or name.endswith("gate"):
@@ -2255,7 +2254,8 @@ def build_optimizers(
             name.removesuffix("embed.weight") in ("", "bigram_", "position_")
             and (args.residual_dtype == "float32" or args.learned_positions))
         sent = torch.float32 if has_all_bits else getattr(torch, args.dtype)
-        group = groups.setdefault(key, dict(params=[], lr=lrs[kind], sent_dtype=sent) | units)
+        lr = getattr(args, f"{kind}_lr")
+        group = groups.setdefault(key, dict(params=[], lr=lr, sent_dtype=sent) | units)
         group["params"].append((name, p))
 
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
@@ -2263,18 +2263,13 @@ def build_optimizers(
                 iteration=args.muon_iteration, steps=args.muon_steps)
     if args.compile:  # each shape of a group has a kernel, and the limit of 8 would leave some out
         torch._dynamo.config.recompile_limit = 64
-    optimizers = [
+    return [
         kind(list(groups.values()), rank, world_size, fuse=args.compile,
              weight_decay=args.weight_decay, **settings)
         # Muon first: the tables, which are large, are summed meanwhile.
         for kind, groups, settings in ((Muon, muon_groups, muon), (Adam, adam_groups, adam))
         if groups
     ]
-    held = [name for o in optimizers for g in o.param_groups for name in g["param_names"]]
-    for name, _ in model.named_parameters():
-        if held.count(name) != 1:
-            raise RunError(f"parameter {name} is in {held.count(name)} optimizer groups, not in 1")
-    return optimizers
 
 
 # -----------------------------------------------------------------------------
