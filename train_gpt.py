@@ -3300,8 +3300,7 @@ class Clock:
         return self.seconds + self.started.elapsed_time(stamp) / 1000
 
     def graphs(self) -> int:
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def add_gradients(
