@@ -3587,7 +3587,7 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
                 clock.stop()
                 for optimizer in optimizers:
                     optimizer.gather()
-                windows, is_early = attention_windows(step, args), False
+                windows = attention_windows(step, args)
                 if validates and step not in dict(progress.val_losses):  # before it was resumed
                     progress.validated(step, evaluate(compiled, val_data, args, windows, ranks))
                 if samples and ranks.rank == 0:
@@ -3595,11 +3595,11 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
                     log(f"sample: step {step}: {text!r}", console=True)
                 if args.stop_at_target and progress.reached and not is_last:
                     progress.marks.append("stopped early")
-                    is_early, saves = True, bool(args.save_every)
+                    is_last, saves = True, bool(args.save_every)
                 if (saves or is_stopped) and step > first_step:
                     save_checkpoint(checkpoints, facts, step, model, optimizers, progress,
                                     data_position(train_shards, step, args), ranks)
-                if is_last or is_stopped or is_early:
+                if is_last or is_stopped:
                     break
                 clock.start()
             micro_batches, exchanges = next(batches)
@@ -3609,15 +3609,14 @@ def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> 
             checkpoints.look()
     finally:
         checkpoints.finish()
-    has_ended = is_last or is_early
-    if has_ended:
+    if is_last:
         check_ranks_agree(model, ranks)
         progress.summarize(peak_memory(ranks.device))
     if checkpoints.problem:
-        ending = ("the training and its log are whole" if has_ended
+        ending = ("the training and its log are whole" if is_last
                   else f"stopped at step {step}, which is not saved")
         raise RunError(f"{checkpoints.problem}; {ending}")
-    if not has_ended:
+    if not is_last:
         log(f"go on with: --resume {log_path.stem}", console=True)
         raise stop.kind
 
