@@ -1913,10 +1913,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     unit_ndim: int  # dimensions of a unit, unless its group says otherwise
+    kernel: Callable  # does the arithmetic of `update`
 
-    def __init__(self, groups: list[dict], rank: int, world_size: int, **defaults):
-        super().__init__(groups, dict(unit_ndim=self.unit_ndim, looked_up="",
+    def __init__(self, groups: list[dict], rank: int, world_size: int, fuse: bool, **defaults):
+        super().__init__(groups, dict(unit_ndim=self.unit_ndim, looked_up="", row_moments=False,
                                       sent_dtype=torch.float32) | defaults)
+        if fuse:
+            self.kernel = torch.compile(self.kernel, dynamic=False)
         self.rank, self.world_size = rank, world_size
         self.flats: list[Tensor] = []
         self.reductions: list[Callable[[], Tensor]] = []  # wait for this rank's share of the sum
@@ -2060,9 +2063,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         return fill
 
-    def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
-        raise NotImplementedError
-
     def num_units(self, i: int) -> int:
         """Units of a group, without the padding."""
         return sum(p.numel() for p in self.param_groups[i]["params"]) // self.flats[i][0].numel()
@@ -2129,6 +2129,23 @@ def send_rows(
     return arrived.split([some.size(1) for some in rows], 1), wait
 
 
+def muon_update(
+    p_NRC, grad_NRC, grad_scale, buffer_NRC, second_moment, momentum, step_size, decay,
+    nesterov: bool, iteration: str, steps: int, beta2: float,
+) -> None:
+    grad_NRC = grad_NRC * grad_scale
+    buffer_NRC.mul_(momentum).add_(grad_NRC * (1 - momentum))
+    update = grad_NRC * (1 - momentum) + buffer_NRC * momentum if nesterov else buffer_NRC
+    update = zeropower_via_newtonschulz5(update, iteration, steps).float()
+    if beta2:
+        size = update.norm(dim=(-2, -1), keepdim=True)
+        mean_square = update.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True)
+        second_moment.lerp_(mean_square, 1 - beta2)
+        update = update * (second_moment + 1e-10).rsqrt()
+        update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    p_NRC.mul_(decay).sub_(update * step_size)
+
+
 class Muon(ShardedOptimizer):
     """Momentum orthogonalised (Jordan et al. 2024), for matrices. A group holds one shape.
 
@@ -2136,11 +2153,7 @@ class Muon(ShardedOptimizer):
     their running mean squares, and the whole is scaled back to its norm: NorMuon (Li et al. 2025).
     """
 
-    unit_ndim = 2
-
-    def __init__(self, groups: list[dict], rank: int, world_size: int, fuse: bool, **defaults):
-        super().__init__(groups, rank, world_size, **defaults)
-        self.kernel = torch.compile(muon_update, dynamic=False) if fuse else muon_update
+    unit_ndim, kernel = 2, staticmethod(muon_update)
 
     def update(self, p_NRC: Tensor, grad_NRC: Tensor, state: dict, group: dict) -> None:
         tall = p_NRC.size(-2) >= p_NRC.size(-1)
@@ -2159,21 +2172,17 @@ class Muon(ShardedOptimizer):
                     group["steps"], group["beta2"])
 
 
-def muon_update(
-    p_NRC, grad_NRC, grad_scale, buffer_NRC, second_moment, momentum, step_size, decay,
-    nesterov: bool, iteration: str, steps: int, beta2: float,
+def adam_update(
+    p, grad, grad_scale, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_size, root_bias2
 ) -> None:
-    grad_NRC = grad_NRC * grad_scale
-    buffer_NRC.mul_(momentum).add_(grad_NRC * (1 - momentum))
-    update = grad_NRC * (1 - momentum) + buffer_NRC * momentum if nesterov else buffer_NRC
-    update = zeropower_via_newtonschulz5(update, iteration, steps).float()
-    if beta2:
-        size = update.norm(dim=(-2, -1), keepdim=True)
-        mean_square = update.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True)
-        second_moment.lerp_(mean_square, 1 - beta2)
-        update = update * (second_moment + 1e-10).rsqrt()
-        update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    p_NRC.mul_(decay).sub_(update * step_size)
+    grad = grad * grad_scale
+    moment = exp_avg.float().lerp_(grad, 1 - beta1)
+    exp_avg.copy_(moment)
+    square = grad.square_()
+    if exp_avg_sq.shape != square.shape:
+        square = square.mean(-1, keepdim=True)
+    exp_avg_sq.lerp_(square, 1 - beta2)
+    p.mul_(decay).sub_(moment * (step_size / (exp_avg_sq.sqrt() / root_bias2 + eps)))
 
 
 class Adam(ShardedOptimizer):
@@ -2184,11 +2193,7 @@ class Adam(ShardedOptimizer):
     bfloat16: less than two thirds of the memory to read and write.
     """
 
-    unit_ndim = 0
-
-    def __init__(self, groups: list[dict], rank: int, world_size: int, fuse: bool, **defaults):
-        super().__init__(groups, rank, world_size, **dict(row_moments=False) | defaults)
-        self.kernel = torch.compile(adam_update, dynamic=False) if fuse else adam_update
+    unit_ndim, kernel = 0, staticmethod(adam_update)
 
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         if not state:
@@ -2205,19 +2210,6 @@ class Adam(ShardedOptimizer):
         step_size, root_bias2 = torch.tensor(group["lr"] / bias1), torch.tensor(bias2**0.5)
         self.kernel(p, grad, grad_scale, state["exp_avg"], state["exp_avg_sq"], beta1, beta2,
                     group["eps"], decay, step_size, root_bias2)
-
-
-def adam_update(
-    p, grad, grad_scale, exp_avg, exp_avg_sq, beta1, beta2, eps, decay, step_size, root_bias2
-) -> None:
-    grad = grad * grad_scale
-    moment = exp_avg.float().lerp_(grad, 1 - beta1)
-    exp_avg.copy_(moment)
-    square = grad.square_()
-    if exp_avg_sq.shape != square.shape:
-        square = square.mean(-1, keepdim=True)
-    exp_avg_sq.lerp_(square, 1 - beta2)
-    p.mul_(decay).sub_(moment * (step_size / (exp_avg_sq.sqrt() / root_bias2 + eps)))
 
 
 LEARNING_RATES = ("matrix", "embed", "bigram", "head", "scalar")  # kinds of parameters
