@@ -2930,9 +2930,8 @@ def load_run(
     folder, state, weights, _, notes = open_checkpoint(run, log_dir, model_only=True)
     for note in notes:
         print(note, file=sys.stderr)
-    settings = saved_hyperparameters(state) | dict(
-        attention="auto", fp8_head=False, fp8_blocks=False, fp8_gradients=False,
-        triton_kernels=False)
+    settings = saved_hyperparameters(state) | dict.fromkeys(EIGHT_BITS, False)
+    settings |= dict(attention="auto")
     if device.type == "cpu":
         settings |= dict(dtype="float32", residual_dtype="float32")
     args = Hyperparameters(**settings)
