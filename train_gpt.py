@@ -2781,12 +2781,12 @@ def plot_losses(path: Path, train_losses: list, val_losses: list, args: Hyperpar
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.plot(range(1, len(train_losses) + 1), train_losses, color="0.7", lw=0.8, label="train")
     axes.plot(*zip(*val_losses, strict=True), "o-", color="tab:blue", ms=3, label="validation")
-    targets = [args.target] if args.target else []
-    for target in targets:
-        axes.axhline(target, color="tab:red", ls="--", lw=1, label=f"target {target}")
+    shown = [loss for _, loss in val_losses[1:] or val_losses]
+    if args.target:
+        shown.append(args.target)
+        axes.axhline(args.target, color="tab:red", ls="--", lw=1, label=f"target {args.target}")
     axes.set(xlabel=f"step of {args.describe_batch()} tokens", ylabel="loss, nats per token")
     axes.set_title(f"{path.stem}: val_loss {val_losses[-1][1]:.4f}", parse_math=False)
-    shown = [loss for _, loss in val_losses[1:] or val_losses] + targets
     axes.set_ylim(min(shown) - 0.1, max(shown) + 1.0)
     axes.legend()
     axes.grid(alpha=0.3)
