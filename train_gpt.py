@@ -2397,15 +2397,8 @@ def draw_tokens(
     device = model.head_weight.device
     memory = Memory(len(prompt) + count, device)
     logits = next_logits(model, windows, torch.tensor([prompt], device=device).int(), memory)
-    memory.position += len(prompt)
-    memory.is_prompt = False
     token = torch.zeros(1, 1, dtype=torch.int32, device=device)
-
-    def one_more() -> Tensor:
-        logits = next_logits(model, windows, token, memory)
-        memory.position += 1
-        return logits
-
+    one_more = partial(next_logits, model, windows, token, memory)
     for i in range(count):
         if i == 1:
             one_more = replayed(one_more, memory)
@@ -2420,12 +2413,15 @@ def draw_tokens(
 
 @torch.no_grad()
 def next_logits(model: GPT, windows: tuple[int, int], inputs_1T: Tensor, memory: Memory) -> Tensor:
-    """Logits, (V,), float32, of the token after these; `memory` holds those before them."""
+    """Logits, (V,), float32, of the token after these; `memory` holds those before, then these."""
     T, ends = inputs_1T.size(1), None
     if memory.is_prompt:
         ends = torch.tensor([0, T], dtype=torch.int32, device=inputs_1T.device)
     batch = MicroBatch(inputs_1T, inputs_1T, ends, T, whole_rows=False)
-    return model.logits(model.hidden(batch, windows, memory)[:, -1])[0]
+    logits = model.logits(model.hidden(batch, windows, memory)[:, -1])[0]
+    memory.position += T
+    memory.is_prompt = False
+    return logits
 
 
 def replayed(function: Callable[[], Tensor], memory: Memory) -> Callable[[], Tensor]:

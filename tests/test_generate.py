@@ -49,13 +49,8 @@ def cached_logits(model: GPT, windows, tokens: list[int], prompt: int) -> torch.
     """Logits after the first `prompt` tokens, and after each one that follows."""
     memory = Memory(len(tokens), torch.device("cpu"))
     inputs = torch.tensor([tokens]).int()
-    logits = [next_logits(model, windows, inputs[:, :prompt], memory)]
-    memory.position += prompt
-    memory.is_prompt = False
-    for i in range(prompt, len(tokens)):
-        logits.append(next_logits(model, windows, inputs[:, i : i + 1], memory))
-        memory.position += 1
-    return torch.stack(logits)
+    parts = [inputs[:, :prompt], *inputs[:, prompt:].split(1, dim=1)]
+    return torch.stack([next_logits(model, windows, part, memory) for part in parts])
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 10, LENGTH - 1])
