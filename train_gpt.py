@@ -2972,7 +2972,10 @@ def reopen(args: Hyperparameters, facts: dict, ranks: Ranks) -> tuple[Checkpoint
     checkpoint = open_checkpoint(args.resume, args.log_dir)
     folder = checkpoint.folder.resolve().parent  # its log stands beside it
     log_path, step = Path(os.path.relpath(f"{folder}.txt")), checkpoint.state["step"]
-    check_ranks_have(checkpoint, ranks)
+    files = checkpoint.state["files"]
+    if any(others != files for others in of_all_ranks(files, ranks)):
+        raise CollectiveError("the ranks found different checkpoints; the folder of the run has to "
+                              "be the same one on all machines")
     was_reached = args.stop_at_target and reached_before(checkpoint.state, args)
     if (step == args.train_steps or was_reached) and has_verdict(log_path):
         further = ("--stop_at_target false" if was_reached
@@ -2983,16 +2986,6 @@ def reopen(args: Hyperparameters, facts: dict, ranks: Ranks) -> tuple[Checkpoint
     if checkpoint.notes and ranks.rank == 0:  # the damaged one is not to be kept instead
         os.utime(checkpoint.folder)
     return checkpoint._replace(notes=checkpoint.notes + differences), log_path
-
-
-def check_ranks_have(checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """RunError if the ranks have opened different checkpoints."""
-    if ranks.world_size > 1:
-        found = [None] * ranks.world_size
-        dist.all_gather_object(found, checkpoint.state["files"])
-        if any(files != found[0] for files in found):
-            raise CollectiveError("the ranks found different checkpoints; the folder of the run "
-                                  "has to be the same one on all machines")
 
 
 def check_same_run(state: dict, facts: dict, args: Hyperparameters, world_size: int) -> list[str]:
@@ -3018,12 +3011,10 @@ def save_checkpoint(
     total = torch.stack([p.detach().sum() for p in model.parameters()]).sum().item()
     progress.check_finite("the sum of all weights", total, step)
     tensors = tensors_to_save(model, optimizers)
-    rng = [{"cpu": encode(torch.get_rng_state())}]
+    rng = {"cpu": encode(torch.get_rng_state())}
     if ranks.device.type == "cuda":
-        rng[0]["cuda"] = encode(torch.cuda.get_rng_state(ranks.device))
-    if ranks.world_size > 1:
-        mine, rng = rng[0], [None] * ranks.world_size
-        dist.all_gather_object(rng, mine)
+        rng["cuda"] = encode(torch.cuda.get_rng_state(ranks.device))
+    rng = of_all_ranks(rng, ranks)
     if ranks.rank == 0:
         checkpoints.save(tensors, facts | progress.state() | dict(
             step=step, train_time=progress.clock.seconds, rng=rng,
@@ -3233,6 +3224,14 @@ def on_first_rank(function: Callable, ranks: Ranks):
     if isinstance(outcome[0], RunError):
         raise outcome[0]
     return outcome[0]
+
+
+def of_all_ranks(value, ranks: Ranks) -> list:
+    """The values that the ranks call this with, in their order, on every rank."""
+    values = [value] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def check_accumulation(args: Hyperparameters, world_size: int) -> None:

@@ -34,6 +34,7 @@ from train_gpt import (
     RunError,
     join_ranks,
     load_run,
+    of_all_ranks,
     prefetch,
     print_error,
     split,
@@ -176,10 +177,7 @@ def judge_examples(
             for i, sequences in zip(chunk, made, strict=True):
                 verdicts.append(judge(i, [next(scores) for _ in sequences]))
             bar.update(len(chunk))
-    if ranks.world_size == 1:
-        return verdicts
-    parts = [None] * ranks.world_size
-    dist.all_gather_object(parts, verdicts)
+    parts = of_all_ranks(verdicts, ranks)
     return [parts[i % ranks.world_size][i // ranks.world_size] for i in range(count)]
 
 
