@@ -1475,7 +1475,7 @@ class MLP(nn.Module):
     def __init__(self, args: Hyperparameters):
         super().__init__()
         self.activation, self.fp8 = args.activation, args.fp8_blocks
-        self.fp8_gradients = args.fp8_blocks and args.fp8_gradients and args.activation == "relu2"
+        self.fp8_gradients = args.fp8_gradients and args.activation == "relu2"
         hidden = args.mlp_ratio * args.model_dim
         if args.activation == "swiglu":
             hidden = max(1, round(hidden * 2 / 3 / 16)) * 16  # as many weights as without the gate
@@ -1493,7 +1493,7 @@ class MLP(nn.Module):
         if self.fp8:
             bound_y = bound * self.up.detach().norm(dim=-1).amax()
             bound_y = bound_y if self.activation in ("relu", "gelu", "silu") else bound_y**2
-        if self.fp8_gradients:
+        if self.fp8 and self.fp8_gradients:
             x_ND = x_BTD.flatten(0, -2)
             return Float8MLP.apply(x_ND, self.up, self.projection, bound, bound_y).view_as(x_BTD)
         h = linear(x_BTD, self.up.flatten(0, -2), bound if self.fp8 else None, self.up_bias)
@@ -2462,15 +2462,14 @@ def choose_token(logits_V, temperature: float, top_k: int, top_p: float, generat
 @contextmanager
 def sixteen_bits(model: GPT) -> Iterator[None]:
     """Within it the blocks do without 8-bit floats, whose products want multiples of 16 tokens."""
-    changed = [(module, name) for module in model.modules() for name in ("fp8", "fp8_gradients")
-               if getattr(module, name, False)]
-    for module, name in changed:
-        setattr(module, name, False)
+    changed = [module for module in model.modules() if getattr(module, "fp8", False)]
+    for module in changed:
+        module.fp8 = False
     try:
         yield
     finally:
-        for module, name in changed:
-            setattr(module, name, True)
+        for module in changed:
+            module.fp8 = True
 
 
 def write_sample(model: GPT, windows: tuple[int, int], encoding, seed: int) -> str:
