@@ -69,11 +69,15 @@ class Ablation(NamedTuple):
                          for name in self.control.differing(group))
 
     def loss_gap(self, group: Group) -> tuple[float, Welch | None]:
-        """How much higher the group's mean val_loss is; the test takes three seeds in both."""
+        """How much higher the group's mean val_loss is than the control's, of the same seeds if the
+        control has them; the test takes three seeds in both."""
         test = None
         if min(len(group.runs), len(self.control.runs)) > 2:
             test = welch(group.losses, self.control.losses)
-        return fmean(group.losses) - fmean(self.control.losses), test
+        seeds = {run.seed for run in group.runs}
+        same = [run.final_loss for run in self.control.runs if run.seed in seeds]
+        against = same if len(same) == len(group.runs) else self.control.losses
+        return fmean(group.losses) - fmean(against), test
 
     def noise(self) -> float | None:
         """Standard deviation of a val_loss, without what the runs of a seed have in common.

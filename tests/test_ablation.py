@@ -109,9 +109,19 @@ def test_a_time_is_that_of_steps_which_nothing_disturbed(tmp_path):
 
 
 def test_one_seed_on_a_side_has_a_difference_without_an_interval(tmp_path):
-    paths = write_logs(tmp_path, log(3.0, seed=1), log(3.2, seed=2), log(3.4, **LOW_RATE))
+    paths = write_logs(tmp_path, log(3.0, seed=1), log(3.2, seed=2), log(3.4, seed=3, **LOW_RATE))
     _, other = table_of(render(read_ablation(paths, "log0")))
     assert other[1:4] == ["1", "3.40000", "+0.3000"]
+
+
+def test_a_row_is_compared_with_the_control_of_its_own_seeds_if_there_are_all(tmp_path):
+    control = [log(3.0, seed=1), log(3.2, seed=2), log(3.7, seed=3)]
+    for seeds, gap in (((2,), "+0.2000"), ((1, 2), "+0.3000"), ((1, 4), "+0.1000")):
+        mine = [log(3.4 + step / 10, seed=seed, **LOW_RATE)
+                for seed, step in zip(seeds, (0,) if len(seeds) == 1 else (-1, 1), strict=True)]
+        paths = write_logs(tmp_path / gap, *control, *mine)
+        _, other = table_of(render(read_ablation(paths, "log0")))
+        assert other[3] == gap
 
 
 def test_seeds_names_folders_and_reports_make_no_row(tmp_path):
