@@ -103,6 +103,20 @@ def test_runs_that_would_end_at_a_target_are_refused_before_anything_runs(plan):
     assert "leave out --stop_at_target" in done.stderr
 
 
+@pytest.mark.parametrize("line, option", [("a: --seed 5", []), ("a:", ["--run_id=x"]),
+                                          ("a: --log-dir=x", [])])
+def test_what_each_run_is_given_here_is_not_for_the_plan(plan, line, option):
+    plan.write_text(line)
+    done = screen(plan, *option)
+    assert done.returncode == 1 and not (plan.parent / "logs").exists()
+    assert "is given to each run here" in done.stderr
+
+
+def test_a_plan_that_is_not_there_is_missed(tmp_path):
+    done = screen(tmp_path / "none")
+    assert done.returncode == 2 and "none; it comes first" in done.stderr
+
+
 def test_a_run_that_fails_leaves_the_others_alone(plan):
     plan.write_text("control:\nbad: --head_lr 1e38\n" + PLAN.splitlines()[2])
     done = screen(plan, "--per_gpu", 2)
