@@ -189,7 +189,8 @@ def make_folder(
     report: Report, name: str, description: str, contributors: list[str], date: str | None = None,
     runs_attempted: int | None = None, negative: bool = False, root: Path = RECORDS,
 ) -> Path:
-    """Write the folder of these runs, and return it. RecordError if it cannot be filled in."""
+    """Write the folder of these runs, and return it. RecordError if it cannot be filled in, or if
+    the logs do not prove what they say."""
     first, derived = report.runs[0], from_logs(report)
     record = {
         "name": name, "track": report.track_name, "date": date or find_date(first),
@@ -207,6 +208,10 @@ def make_folder(
         raise RecordError(f"{packed[0].parent} is an archive: unpack it, and name its logs")
     if folder.exists():
         raise RecordError(f"{folder} exists already; choose another --name")
+    if not report.is_sound:
+        raise RecordError("check.py does not pass the logs:\n    " + "\n    ".join(
+            f"{rule}: {finding.reason}" for rule, finding in report.findings.items()
+            if finding.status != PASS and rule not in CLAIM))
     folder.mkdir(parents=True)
     for log in paths.values():
         shutil.copy(log, folder)

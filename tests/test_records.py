@@ -124,6 +124,14 @@ def test_logs_that_say_too_little_make_no_folder(checkout, tmp_path):
     assert not (checkout / "records" / "gpt2-small").exists()
 
 
+def test_logs_that_prove_no_claim_make_no_folder(checkout, tmp_path):
+    logs = write_logs(tmp_path / "logs", *(our_log(seed, val_tokens=524_288) for seed in (1, 2)))
+    done = script("record.py", *logs, "--name=A", "--description=An idea", "--by=Ada", "--negative",
+                  root=checkout)
+    assert done.returncode == 1 and "val tokens: val_tokens: 524288 instead of" in done.stderr
+    assert not list((checkout / "records").glob("*/*_A"))
+
+
 @pytest.mark.parametrize("name", ["two words", "a/b", "../up", ""])
 def test_a_name_that_is_no_folder_name_is_refused(checkout, tmp_path, name):
     logs = write_logs(tmp_path / "logs", our_log())
