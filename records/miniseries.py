@@ -16,6 +16,7 @@ command goes on where it was stopped. Exit status: 0 if all runs ended well, 1 i
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -225,7 +226,11 @@ def plot(path: Path, points: list[Point]) -> None:
 def series_plan(
     depths: list[str], ratios: list[str], recipes: list[str], options: list[str]
 ) -> dict[str, list[str]]:
-    """{name: options} of each run, the shortest and smallest first."""
+    """{name: options} of each run, the shortest and smallest first. LogError if all were as long.
+    """
+    if any(re.match("--train[-_]steps", option) for option in options):
+        raise LogError("--train_steps would make all runs as long: leave it out; --ratios are the "
+                       "lengths, in tokens per weight")
     models = {f"{recipe}-d{depth}": fit_memory([*options, "--recipe", recipe, "--depth", depth])
               for depth in depths for recipe in recipes}
     return {f"{name}-r{ratio}": [*model, "--target_param_data_ratio", ratio]
