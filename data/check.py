@@ -24,6 +24,7 @@ from train_gpt import (
     TRACKS,
     Hyperparameters,
     RunError,
+    check_accumulation,
     check_shard,
     data_folder,
     estimate_shards,
@@ -118,6 +119,10 @@ def check_gpus(report: Report, args: Hyperparameters) -> None:
         report.line("GPU", f"none; a CPU with {os.cpu_count()} cores",
                     None if args.track == "sample" else
                     f"track {args.track} takes days without one; try --track sample")
+        try:
+            check_accumulation(args, int(os.environ.get("WORLD_SIZE", 1)))
+        except RunError as error:
+            report.line("batch", args.describe_batch() + " tokens", str(error))
         return
     for index in range(torch.cuda.device_count()):
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))

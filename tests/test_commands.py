@@ -82,6 +82,14 @@ def test_the_check_command_has_a_help_of_its_own():
     assert done.returncode == 0 and "Pre-flight" in done.stdout and "--matrix_lr" not in done.stdout
 
 
+@pytest.mark.parametrize("processes, options, problem", [
+    ("1", ["--device_batch_size", "4096"], "does not divide the 2048 tokens"),
+    ("3", [], "which 3 ranks cannot share")])
+def test_the_check_command_sees_a_batch_that_cannot_be_shared_out(processes, options, problem):
+    done = run("check", *options, NPROC=processes)
+    assert done.returncode == 1 and problem in done.stdout and "not ready yet" in done.stdout
+
+
 @pytest.mark.parametrize("word", ["trian", "train_gpt.py", "-x"])
 def test_an_unknown_command_is_refused_with_the_known_ones(word):
     done = run(word)
@@ -136,6 +144,11 @@ def test_a_number_of_processes_that_is_none_is_refused(number):
 def test_a_series_of_sizes_names_one_for_a_cpu_where_there_is_no_gpu():
     done = run("miniseries")
     assert done.returncode == 1 and "--recipes sample-baseline,sample-record" in done.stderr
+
+
+def test_a_series_of_sizes_has_its_own_lengths():
+    done = run("miniseries", "--recipes", "sample-record", "--depths", "1", "--train_steps", "2")
+    assert done.returncode == 1 and "--train_steps would make all runs as long" in done.stderr
 
 
 def test_nproc_is_the_number_of_processes(tmp_path):
