@@ -73,6 +73,7 @@ MUST_BE_EQUAL = {
     "CUDA": lambda run: run.cuda,
     "val_tokens": lambda run: run.number("val_tokens"),
     "validation data": lambda run: tuple(s.sha256[:12] for s in run.shards if s.kind == "val"),
+    "masked_share": lambda run: run.hyperparameters.get("masked_share", "0.0"),
 }
 TO_MENTION = {
     "tokens per step": lambda run: run.batch_sizes and tuple(map(str, run.batch_sizes)),

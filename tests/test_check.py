@@ -238,6 +238,8 @@ def test_one_fault_in_one_log_fails_its_rule_and_no_other(tmp_path, name):
 COMMON_FAULTS = {
     "too few val_tokens": ("val tokens", FAIL, "524288 instead of 1048576",
                            dict(val_tokens=524_288)),
+    "hidden tokens": ("val tokens", FAIL, "log0.txt predicts hidden tokens",
+                      dict(masked_share=0.15)),
     "too many tokens": ("training tokens", FAIL, "5,200,000,000 training tokens; allowed: 5,000,",
                         dict(batch_size=130_000_000)),
     "batch size unknown": ("training tokens", CANNOT_TELL, "does not say its batch_size",

@@ -183,6 +183,13 @@ def test_json_has_the_same_result(tmp_path):
     assert found["mine"]["crossings"][0]["time"] == pytest.approx(50)
 
 
+def test_hidden_tokens_are_another_thing_to_predict(tmp_path):
+    one, other = (write_logs(tmp_path / str(share), *at(100, masked_share=share))
+                  for share in (0.0, 0.15))
+    done = command(*one, "--", *other)
+    assert done.returncode == 1 and "NOT COMPARABLE: masked_share: 0.0 against 0.15" in done.stdout
+
+
 def test_public_logs_can_be_compared_but_not_fairly(tmp_path):
     [one], [other] = (write_logs(tmp_path / str(time), public_log(step_lines(step_time=time)))
                       for time in (0.5, 0.25))
