@@ -435,6 +435,8 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
     if overrides.get("resume"):
         args = resumed_hyperparameters(overrides, parser)
     else:
+        if "target_param_data_ratio" in overrides and overrides.get("depth", 0) <= 0:
+            parser.error("--target_param_data_ratio is for --depth, which is not given")
         args = new_hyperparameters(overrides)
     if problem := find_problem(args):
         parser.error(problem)
@@ -450,10 +452,15 @@ def new_hyperparameters(overrides: dict) -> Hyperparameters:
     overrides = overrides | dict(track=track, recipe=recipe)
     if overrides.get("depth", 0) <= 0:
         return dataclasses.replace(args, **overrides)
+    return dial(args, batch_as_stage(overrides))
+
+
+def batch_as_stage(overrides: dict) -> dict:
+    """With a depth, the learning rates stay those of the recipe's batch, whatever the batch."""
+    overrides = dict(overrides)
     if "batch_size" in overrides and not overrides.get("batch_stages"):
-        # The learning rates stay those of the recipe's batch.
         overrides["batch_stages"] = str(overrides.pop("batch_size"))
-    return dial(args, overrides)
+    return overrides
 
 
 def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
@@ -523,6 +530,12 @@ def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) ->
             if overrides.get("run_id", run_id) != run_id:
                 parser.error(f"--resume goes on as {run_id}: leave out --run_id, or copy "
                              f"{folder.parent} and its log to the other name")
+            for name in ("recipe", "depth", "target_param_data_ratio"):
+                if overrides.get(name, saved[name]) != saved[name]:
+                    parser.error(f"--{name} {overrides[name]} makes another run than {run_id}, "
+                                 f"which has {saved[name]}: leave it out, or start a new one "
+                                 f"without --resume")
+            overrides = batch_as_stage(overrides) if saved["depth"] > 0 else overrides
             return Hyperparameters(**saved | here | overrides)
         except RunError as error:
             problems.append(str(error))
@@ -552,8 +565,10 @@ def find_problem(args: Hyperparameters) -> str | None:
         "not be negative": (lambda value: value >= 0, (
             "value_embeddings", "val_loss_every", "val_row_length", "window_start", "depth",
             "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
-            "attention_softcap", "grad_clip", "bigram_rows", "norm_eps", "adam_eps")),
-        "be above 0": (lambda value: value > 0, ("target_param_data_ratio", "rotary_base")),
+            "attention_softcap", "grad_clip", "bigram_rows", "norm_eps", "weight_decay",
+            *(f"{kind}_lr" for kind in LEARNING_RATES))),
+        "be above 0": (lambda value: value > 0, (
+            "target_param_data_ratio", "rotary_base", "adam_eps")),
         "be at least 0 and below 1": (lambda value: 0 <= value < 1, (
             "adam_beta1", "adam_beta2", "muon_beta2", "muon_momentum")),
         "be between 0 and 1": (lambda value: 0 <= value <= 1, (
@@ -566,6 +581,8 @@ def find_problem(args: Hyperparameters) -> str | None:
         for name in names:
             if not holds(getattr(args, name)):
                 return f"--{name} must {limit}, got {getattr(args, name)}"
+    if args.stop_at_target and not args.target:
+        return "--stop_at_target has no target to stop at: give a --target too"
     if args.tokens_ahead > args.row_length:
         return f"--tokens_ahead {args.tokens_ahead} is more than --row_length {args.row_length}"
     if args.run_id.startswith(".") or re.search(r"[/\\]", args.run_id):
@@ -615,6 +632,8 @@ def find_problem(args: Hyperparameters) -> str | None:
     if args.train_tokens > args.token_budget:
         steps = args.train_steps * args.token_budget // args.train_tokens
         advice = f"--train_steps to {steps:,}" if steps else "--batch_size"
+        if args.depth > 0:
+            advice = "--target_param_data_ratio, --depth, or --train_steps if it is given"
         return (f"{args.train_steps:,} steps x {args.describe_batch()} tokens are "
                 f"{args.train_tokens:,} training tokens, over the budget of {args.token_budget:,}; "
                 f"lower {advice}")
@@ -626,6 +645,8 @@ def reasons_not_a_record(args: Hyperparameters, world_size: int) -> list[str]:
     reasons = [f"{name} is {getattr(args, name)} instead of {value}"
                for name, value in TRACKS[args.track].items()
                if name != "recipe" and getattr(args, name) != value]
+    if args.masked_share:
+        reasons.append("it predicts hidden tokens, from both sides")
     if args.track == "single-gpu" and world_size > 1:
         reasons.append(f"it runs on {world_size} GPUs instead of 1")
     return reasons
@@ -2666,14 +2687,14 @@ class Progress:
     def state(self) -> dict:
         """What a checkpoint keeps of it."""
         return dict(train_losses=self.train_losses[:], val_losses=self.val_losses[:],
-                    reached=self.reached)
+                    reached=self.reached, tokens=self.tokens)
 
     def load_state(self, state: dict) -> None:
         self.marks.append("resumed")
         self.train_losses = state["train_losses"]
         self.reached = reached_before(state, self.args)
         self.val_losses = [tuple(pair) for pair in state["val_losses"]]
-        self.tokens = sum(map(self.args.batch_size_at, range(len(self.train_losses))))
+        self.tokens = state["tokens"]
         if self.bar is not None:
             self.bar.update(len(self.train_losses))
 
@@ -2803,7 +2824,7 @@ def start_wandb(args: Hyperparameters, run_id: str):
 # -----------------------------------------------------------------------------
 # Checkpoints: logs/<run_id>/step_001000/ with model.safetensors, optimizer.safetensors, state.json
 
-CHECKPOINT_FORMAT = "gpt2-speedrun checkpoint, version 1"
+CHECKPOINT_FORMAT = "gpt2-speedrun checkpoint, version 2"
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEPT_CHECKPOINTS = 2  # the last two, in case that the last is damaged
 # Hyper-parameters that a resumed run may have otherwise: they change nothing in the training. Data

@@ -38,23 +38,14 @@ tags:
 
 # {name}
 
-A language model trained by a speedrun, with GPT-2's tokens. It goes on with texts; it has not been
-taught to answer, or to be harmless.
+A language model trained by a speedrun, with GPT-2's tokens. It has not been taught to answer, or to
+be harmless.
 
 {facts}
 
 ## Use
 
-In the repository of the speedrun, with the path of this folder:
-
-    python evals/sample.py FOLDER "Once upon a time"
-
-From Python, with `train_gpt.py`:
-
-    model, windows, state = train_gpt.load_run("FOLDER", torch.device("cpu"))
-    tokens = train_gpt.generate(model, windows, prompt, count)
-
-A prompt is a list of tokens, the first of which is 50256, <|endoftext|>.
+{use}
 
 ## Validation
 
@@ -68,6 +59,25 @@ A prompt is a list of tokens, the first of which is 50256, <|endoftext|>.
 
 {settings}
 """
+
+GOES_ON = """\
+It goes on with texts. In the repository of the speedrun, with the path of this folder:
+
+    python evals/sample.py FOLDER "Once upon a time"
+
+From Python, with `train_gpt.py`:
+
+    model, windows, state = train_gpt.load_run("FOLDER", torch.device("cpu"))
+    tokens = train_gpt.generate(model, windows, prompt, count)
+
+A prompt is a list of tokens, the first of which is 50256, <|endoftext|>."""
+
+FILLS_IN = """\
+It fills in hidden tokens, most of which are shown to it as the vocabulary's last, and does not go
+on with texts. From Python, with `train_gpt.py` of the speedrun:
+
+    model, windows, state = train_gpt.load_run("FOLDER", torch.device("cpu"))
+    hidden_BTD = model.hidden(batch, windows)"""
 
 
 def write_model(checkpoint: Checkpoint, dtype: str, path: Path) -> None:
@@ -86,7 +96,6 @@ def model_card(
     """What stands in the gaps of CARD, but for the name."""
     state, curve = checkpoint.state, checkpoint.state["val_losses"]
     args = Hyperparameters(**train_gpt.saved_hyperparameters(state))
-    tokens = sum(map(args.batch_size_at, range(state["step"])))
     numbers = sum(x.numel() for x in checkpoint.model.values())
     val_loss = "not measured"
     if curve:
@@ -102,10 +111,12 @@ def model_card(
             ("fact", "value"), ("track, recipe", f"{args.track}, {args.recipe}"),
             ("step", f"{state['step']:,} of {args.train_steps:,}"), ("val_loss", val_loss),
             ("train_time", f"{state['train_time']:.1f} s{resumed}"), ("hardware", hardware),
-            ("training tokens", f"{tokens:,}"), ("validation tokens", f"{args.val_tokens:,}"),
+            ("training tokens", f"{state['tokens']:,}"),
+            ("validation tokens", f"{args.val_tokens:,}"),
             ("weights", f"{numbers:,} numbers, {dtype}"),
             ("source", "train_gpt.py" if has_source else "not here: it could not be found"),
             ("records/check.py", verdict)),
+        use=FILLS_IN if args.masked_share else GOES_ON,
         curve=table(("step", "val_loss"), *((f"{step:,}", f"{loss:.5f}")
                                             for step, loss in thin_out(curve, CURVE_ROWS))),
         data=table(("shard", "bytes", "SHA-256"), *state["data"]),

@@ -35,7 +35,7 @@ from logs import Run, read_log
 from sample import encode_prompt, load_encoding, open_device, stream_text
 
 import train_gpt  # facts.py has told where it is, and where logs.py is
-from train_gpt import FREE_TO_DIFFER, Checkpoint, Hyperparameters, RunError
+from train_gpt import FREE_TO_DIFFER, Checkpoint, RunError
 
 TASKS = ("bpb", "core", "hellaswag")  # scripts beside this one, and "task" in what they write
 MISSING = "not measured"
@@ -314,10 +314,9 @@ def total_time(subject: Subject, seconds: float) -> str:
 
 def count_tokens(subject: Subject) -> int | None:
     """Training tokens up to the step of the report."""
-    if not subject.checkpoint:
-        return subject.runs[-1].tokens_at(subject.step)
-    args = Hyperparameters(**train_gpt.saved_hyperparameters(subject.state))
-    return sum(map(args.batch_size_at, range(subject.step)))
+    if subject.checkpoint:
+        return subject.state["tokens"]
+    return subject.runs[-1].tokens_at(subject.step)
 
 
 def count_processes(subject: Subject) -> list[str]:

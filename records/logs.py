@@ -251,13 +251,15 @@ def _read_runs(path: Path, source: str | None, text: str) -> Iterator[Run]:
     """The runs under one header. A new one starts where the steps start again, or are to be
     another number; but one that was resumed is one run, without what it did twice."""
     lines = text.split("\n")
-    if "\nresumed: step " in text:
+    if is_resumed := "\nresumed: step " in text:
         lines = _without_repeats(lines)
     notes = "\n".join([line for line in lines if line and not line.startswith("step:")])
     rows, damaged = _read_steps([line for line in lines if line.startswith("step:")])
     if not len(rows):
         rows = np.array([(int(step), np.nan, _number(loss), np.nan, np.nan, 1)
                          for step, loss in LLM_C_LINE.findall(notes)]).reshape(-1, 6)
+    if is_resumed and len(rows):
+        rows[:, 1] = rows[-1, 1]  # it may have gone on to more steps
     new = (np.diff(rows[:, 0]) < 0) | (np.diff(np.nan_to_num(rows[:, 1], nan=-1)) != 0)
     for part in np.split(rows, np.flatnonzero(new) + 1) if len(rows) else []:
         train_steps = None if np.isnan(part[0, 1]) else int(part[0, 1])

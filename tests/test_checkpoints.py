@@ -392,6 +392,37 @@ def test_reports_may_differ(tmp_path, whole, data):
     assert run.train_losses == whole.train_losses
 
 
+def test_the_dial_is_not_turned_within_a_run(tmp_path, capsys):
+    options = [*TINY, "--depth=1", "--target_param_data_ratio=1", "--batch_size=512",
+               "--train_steps=4", "--save_every=2", "--sampled_vocab=0"]
+    run = run_main(tmp_path, *options, "--run_id=run")
+    assert run.status == 0, run.err
+    shutil.rmtree(checkpoints(run)[-1])
+    same = ["--resume=run", f"--log_dir={run.path.parent}"]
+    begun = train_gpt.parse_hyperparameters(options)
+    assert begun.batch_stages == "512" and begun.batch_size != 512
+    again = train_gpt.parse_hyperparameters([*options, *same])
+    assert (again.batch_stages, again.batch_size) == (begun.batch_stages, begun.batch_size)
+    capsys.readouterr()
+    for option in ("--depth=2", "--recipe=modern", "--target_param_data_ratio=2"):
+        with pytest.raises(SystemExit):
+            train_gpt.parse_hyperparameters([*same, option, "--resume_anyway"])
+        assert "makes another run than run" in capsys.readouterr().err
+    [trained] = read_log(run.path)
+    done = run_main(tmp_path, *options, "--resume=run")
+    assert done.status == 0, done.err
+    assert read_log(run.path)[0].losses == pytest.approx(trained.losses, nan_ok=True)
+
+
+def test_a_run_that_goes_on_to_more_steps_is_one_run_of_the_tokens_it_saw(tmp_path, whole, data):
+    run = go_on(tmp_path, whole, 9, f"--data_path={data}", "--train_steps=12", "--resume_anyway")
+    assert run.status == 0, run.err
+    [one] = read_log(run.path)
+    assert one.train_steps == 12 and list(one.steps[~one.is_val]) == list(range(1, 13))
+    state = json.loads((checkpoints(run)[-1] / "state.json").read_text())
+    assert state["tokens"] == 3 * (256 + 256 + 512) + 3 * 512
+
+
 @pytest.mark.parametrize("option, words", [
     ("--num_layers=3", "does not fit this model"),
     ("--row_moments=false", "another --optimizer or --row_moments"),

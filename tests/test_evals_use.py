@@ -77,6 +77,7 @@ def save(folder: Path, model: train_gpt.GPT, **state) -> Path:
         source="0" * 64, data=[["fineweb_train_000001.bin", 9, "ab"],
                                ["fineweb_val_000000.bin", 8, "cd"]],
         train_losses=[7.0] * step, val_losses=[[i, 8.0 - i / 10] for i in range(step + 1)],
+        tokens=sum(map(model.args.batch_size_at, range(step))),
         reached=None, step=step, train_time=12.345, rng=[{"cpu": "AAAA"}], lr_multiplier=0.5)
     tensors = {train_gpt.MODEL_FILE: model.state_dict(),
                train_gpt.OPTIMIZER_FILE: {"x": torch.ones(1)}}
@@ -452,7 +453,7 @@ def test_export_of_a_checkpoint_before_the_end(trained, tmp_path):
     """The verdict on the log is not one on these weights."""
     shutil.copytree(trained / "logs", tmp_path / "logs")
     folder = tmp_path / "logs" / "a.run" / "step_000004"
-    train_gpt.write_state(folder, train_gpt.read_state(folder) | dict(step=2))
+    train_gpt.write_state(folder, train_gpt.read_state(folder) | dict(step=2, tokens=512))
     assert call(export, folder, tmp_path / "out") == 0
     card = read_card(tmp_path / "out")
     assert "| not checked: the log ends at step 4, the checkpoint is of 2 |" in card
@@ -477,6 +478,13 @@ def test_export_of_every_recipe(any_run, vocab, tmp_path, capsys):
     card = read_card(tmp_path / "bfloat16")
     assert "datasets:\n- HuggingFaceFW/fineweb\n---\n" in card
     assert "bfloat16 |" in card
+
+
+def test_export_of_what_fills_in_hidden_tokens_promises_no_texts(tmp_path):
+    run = save(tmp_path / "run", build(large_args(masked_share=0.2, value_embeddings=0)))
+    assert call(export, run, tmp_path / "out") == 0
+    card = read_card(tmp_path / "out")
+    assert "It fills in hidden tokens" in card and "sample.py" not in card
 
 
 def test_export_names_no_folders_and_draws_a_short_curve(tmp_path):

@@ -404,7 +404,10 @@ WRONG_SIZES = [
     *((f"--{name} {value}", [f"--{name}"])
       for name in ("adam_beta1", "adam_beta2", "muon_beta2", "muon_momentum")
       for value in (-0.1, 1)),
-    *((f"--{name} -0.1", [f"--{name}", "negative"]) for name in ("norm_eps", "adam_eps")),
+    *((f"--{name} -0.1", [f"--{name}", "negative"]) for name in ("norm_eps", "weight_decay")),
+    *((f"--{kind}_lr -0.1", [f"--{kind}_lr", "negative"]) for kind in train_gpt.LEARNING_RATES),
+    ("--adam_eps 0", ["--adam_eps", "above 0"]),
+    ("--stop_at_target --target 0", ["--stop_at_target", "give a --target"]),
     *((f"--{name} {value}", [f"--{name}"])
       for name in ("batch_size", "device_batch_size", "val_batch_size", "row_length", "val_tokens",
                    "max_document_length", "num_layers", "num_heads", "model_dim", "train_steps",
@@ -609,10 +612,10 @@ def test_gpt2s_scale_of_outputs_goes_with_the_blocks():
 
 
 def test_without_depth_nothing_is_dialled(refusal):
-    args = parse_hyperparameters([*SMALL, "--target_param_data_ratio", "3"])
-    assert args == dataclasses.replace(parse_hyperparameters(SMALL), target_param_data_ratio=3.0)
+    assert "--depth" in refusal("--target_param_data_ratio", "3")
     assert "--depth" in refusal("--depth", "-1")
-    assert "--target_param_data_ratio" in refusal("--target_param_data_ratio", "0")
+    assert "above 0" in refusal("--depth", "2", "--target_param_data_ratio", "0")
+    assert "lower --target_param_data_ratio, --depth" in refusal("--depth", "8")
     assert "--train_steps" in refusal("--depth", "2", "--train_steps", "0")
     assert "--total_batch_size" in refusal("--total_batch_size", "much")
 
