@@ -111,6 +111,10 @@ def print_comparison(log_dir: Path, mine: list[Run]) -> None:
 
 def offer_folder(report: Report, args: argparse.Namespace) -> None:
     """Make the record folder if it was asked for, or is when asked; else say how."""
+    if not report.is_sound and args.name is None:
+        print("the logs prove nothing on this track, so that they have no record folder: see above "
+              "what fails")
+        return
     negative = report.track.target is not None and not report.is_record
     if negative:
         print("not a record; if there is something to learn from it, it has a home in "

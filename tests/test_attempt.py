@@ -21,6 +21,7 @@ from logs import read_logs  # isort: skip
 
 SHORT = [option for option in TINY if not option.startswith("--run_id")]
 LONGER = [*SHORT, "--train_steps=400", "--model_dim=256"]
+WHOLE = [*SHORT, "--val_tokens=16384"]  # as the track asks for
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def two_runs(checkout):
         ["bash", "run.sh", "baseline", *SHORT, "--run_id=base"], cwd=checkout, env=environment(),
         capture_output=True, text=True, timeout=240)
     assert baseline.returncode == 0, baseline.stderr
-    return attempt(checkout, "-n", 2, "--run_id=two", "--seed=5", "--name=Tiny", "--by=Ada",
+    return attempt(checkout, "-n", 2, "--run_id=two", "--seed=5", "--name=Unproved", "--by=Ada",
                    "--description=A tiny model", *SHORT)
 
 
@@ -75,20 +76,29 @@ def test_it_is_compared_with_the_baseline_of_this_machine(two_runs):
     assert "NOT COMPARABLE" not in two_runs.stdout
 
 
-def test_the_folder_is_filled_in_and_a_failure_goes_to_the_negative_ones(checkout, two_runs):
+def test_the_folder_is_filled_in_and_a_failure_goes_to_the_negative_ones(checkout):
+    done = attempt(checkout, "-n", 2, "--run_id=good", "--seed=5", "--name=Tiny", "--by=Ada",
+                   "--description=A tiny model", *WHOLE)
     [folder] = (checkout / "records" / "negative").iterdir()
     record = json.loads((folder / "record.json").read_text())
     assert folder.name == f"{record['date']}_Tiny" and record["contributors"] == ["Ada"]
     assert record["description"] == "A tiny model" and record["runs_attempted"] == 2
-    assert record["logs"] == ["two-seed5.txt", "two-seed6.txt"]
+    assert record["logs"] == ["good-seed5.txt", "good-seed6.txt"]
     assert (folder / "train_gpt.py").read_text() == (checkout / "train_gpt.py").read_text()
     for name in record["logs"]:
         assert (folder / name).read_bytes() == (checkout / "logs" / name).read_bytes()
-    assert f"made {folder}" in two_runs.stdout
+    assert f"made {folder}" in done.stdout
+
+
+def test_logs_that_prove_nothing_have_no_folder(checkout, two_runs):
+    assert "error: check.py does not pass the logs:\n    val tokens: " in two_runs.stderr
+    assert not list((checkout / "records").glob("*/*_Unproved"))
+    done = attempt(checkout, "-n", 1, "--run_id=other", *SHORT)
+    assert "so that they have no record folder" in done.stdout and "record.py" not in done.stdout
 
 
 def test_without_a_name_and_a_terminal_the_command_for_the_folder_is_shown(checkout):
-    done = attempt(checkout, "-n", 1, "--run_id=one", *SHORT)
+    done = attempt(checkout, "-n", 1, "--run_id=one", *WHOLE)
     [command] = re.findall(r"python records/record\.py .*", done.stdout)
     assert str(checkout / "logs" / "one-seed1337.txt") in command
     assert command.endswith("--attempted 1 --negative")
