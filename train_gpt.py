@@ -475,7 +475,7 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
       which are those of the blocks and of the head (Hoffmann et al. 2022; embeddings are none).
     - The batch goes with tokens^0.383 (Bergsma et al. 2025), by powers of two, and the learning
       rates with the root of the batch (Malladi et al. 2022), by way of `batch_lr_power`.
-    - Learning rate x weight decay x steps stays (Wang and Aitchison 2024).
+    - Learning rate (of matrices) x weight decay x steps stays (Wang and Aitchison 2024).
 
     The recipe's own model, rates, batch and steps are what the rules start from.
     """
@@ -531,11 +531,11 @@ def resumed_hyperparameters(overrides: dict, parser: argparse.ArgumentParser) ->
                 parser.error(f"--resume goes on as {run_id}: leave out --run_id, or copy "
                              f"{folder.parent} and its log to the other name")
             for name in ("recipe", "depth", "target_param_data_ratio"):
-                if overrides.get(name, saved[name]) != saved[name]:
+                if overrides.get(name, saved.get(name)) != saved.get(name):
                     parser.error(f"--{name} {overrides[name]} makes another run than {run_id}, "
-                                 f"which has {saved[name]}: leave it out, or start a new one "
+                                 f"which has {saved.get(name)}: leave it out, or start a new one "
                                  f"without --resume")
-            overrides = batch_as_stage(overrides) if saved["depth"] > 0 else overrides
+            overrides = batch_as_stage(overrides) if saved.get("depth", 0) > 0 else overrides
             return Hyperparameters(**saved | here | overrides)
         except RunError as error:
             problems.append(str(error))
@@ -2824,7 +2824,7 @@ def start_wandb(args: Hyperparameters, run_id: str):
 # -----------------------------------------------------------------------------
 # Checkpoints: logs/<run_id>/step_001000/ with model.safetensors, optimizer.safetensors, state.json
 
-CHECKPOINT_FORMAT = "gpt2-speedrun checkpoint, version 2"
+CHECKPOINT_FORMAT = "gpt2-speedrun checkpoint, version 1"
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEPT_CHECKPOINTS = 2  # the last two, in case that the last is damaged
 # Hyper-parameters that a resumed run may have otherwise: they change nothing in the training. Data
@@ -2863,6 +2863,9 @@ def read_state(folder: Path) -> dict:
                        f"{CHECKPOINT_FORMAT!r}")
     if state.pop("sha256", None) != hash_state(state):
         raise RunError(f"{folder / STATE_FILE} was damaged or edited: its SHA-256 does not fit")
+    if "tokens" not in state:  # as it was once
+        args = Hyperparameters(**saved_hyperparameters(state))
+        state["tokens"] = sum(map(args.batch_size_at, range(state["step"])))
     return state
 
 

@@ -48,7 +48,8 @@ def estimate_memory(args: Hyperparameters) -> float:
     if args.fp8_blocks:
         per_number = 36 if args.fp8_gradients else 50
     # A cap without its kernel keeps several numbers of each logit.
-    per_logit = 7.5 if args.logit_softcap and not args.triton_kernels else 2.3
+    has_kernel = args.triton_kernels and args.softcap_kind == "tanh"
+    per_logit = 7.5 if args.logit_softcap and not has_kernel else 2.3
     num_bytes = (11 * parameters  # weights, gradients, and the optimizers' state
                  + per_number * args.num_layers * args.model_dim * tokens  # activations
                  + per_logit * args.loss_chunk_size * args.vocab_size
@@ -119,10 +120,6 @@ def check_gpus(report: Report, args: Hyperparameters) -> None:
         report.line("GPU", f"none; a CPU with {os.cpu_count()} cores",
                     None if args.track == "sample" else
                     f"track {args.track} takes days without one; try --track sample")
-        try:
-            check_accumulation(args, int(os.environ.get("WORLD_SIZE", 1)))
-        except RunError as error:
-            report.line("batch", args.describe_batch() + " tokens", str(error))
         return
     for index in range(torch.cuda.device_count()):
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
@@ -135,6 +132,16 @@ def check_gpus(report: Report, args: Hyperparameters) -> None:
         report.line("memory", finding + (f"; run.sh will use {options}" if options else ""))
     except RunError as error:
         report.line("memory", finding, str(error))
+
+
+def check_batch(report: Report, args: Hyperparameters) -> None:
+    """Whether the ranks can share the steps out; on GPUs, run.sh chooses a micro-batch for them."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if not torch.cuda.is_available() or args.common_rows % world_size:
+            check_accumulation(args, world_size)
+    except RunError as error:
+        report.line("batch", f"steps of {args.describe_batch()} tokens", str(error))
 
 
 def check_data(report: Report, args: Hyperparameters) -> int:
@@ -194,6 +201,7 @@ def main() -> int:
     report.line("run", args.describe_run())
     check_versions(report)
     check_gpus(report, args)
+    check_batch(report, args)
     check_disk(report, args, check_data(report, args))
     print("ready" if report.ready else "not ready yet: see the lines marked ->")
     return 0 if report.ready else 1

@@ -71,12 +71,10 @@ class Ablation(NamedTuple):
     def loss_gap(self, group: Group) -> tuple[float, Welch | None]:
         """How much higher the group's mean val_loss is than the control's, of the same seeds if the
         control has them; the test takes three seeds in both."""
-        test = None
-        if min(len(group.runs), len(self.control.runs)) > 2:
-            test = welch(group.losses, self.control.losses)
         seeds = {run.seed for run in group.runs}
         same = [run.final_loss for run in self.control.runs if run.seed in seeds]
         against = same if len(same) == len(group.runs) else self.control.losses
+        test = welch(group.losses, against) if min(len(group.runs), len(against)) > 2 else None
         return fmean(group.losses) - fmean(against), test
 
     def noise(self) -> float | None:

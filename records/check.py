@@ -281,7 +281,8 @@ def leaves_out_validation(runs: list[Run], track: Track, script: str | None) -> 
 
 def has_val_tokens(runs: list[Run], track: Track, script: str | None) -> Finding:
     """Validation is over exactly the track's tokens."""
-    if hidden := [run for run in runs if float(run.hyperparameters.get("masked_share", 0))]:
+    if hidden := [run for run in runs
+                  if run.hyperparameters.get("masked_share", "0.0") not in ("0", "0.0")]:
         return Finding(FAIL, f"{hidden[0].name} predicts hidden tokens, from both sides, and no "
                              f"others")
     values = [run.number("val_tokens") for run in runs]

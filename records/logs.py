@@ -136,7 +136,12 @@ class Run:
 
     @cached_property
     def batch_sizes(self) -> list[int] | None:
-        """Tokens per step in stages of equally many steps; nearly always there is one stage."""
+        """Tokens per step in stages of equally many steps; nearly always there is one stage.
+
+        None if they are unknown, or were others before the run was resumed.
+        """
+        if self.lines("resumed, although (?:train_steps|batch_size|batch_stages) is "):
+            return None
         stages = self.hyperparameters.get("batch_stages")
         if stages and re.fullmatch(r"\d+(,\d+)*", stages):
             return [int(size) for size in stages.split(",")]

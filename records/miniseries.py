@@ -95,8 +95,9 @@ def read_series(paths: Sequence[str | Path]) -> list[Point]:
             raise LogError(f"{run.name} cannot stand beside {runs[0].name}: {'; '.join(problems)}")
         given, weights = run.hyperparameters, run.fact(r"^parameters: .*?([\d,]+) in matrix")
         depth = run.number("depth")
-        if not depth or weights is None:
-            raise LogError(f"{run.name} was not trained with --depth; name the other logs only")
+        if not depth or weights is None or run.train_tokens is None:
+            raise LogError(f"{run.name} was not trained with --depth, or not in one go; name the "
+                           f"other logs only")
         points.append(Point(given["recipe"], depth, float(given["target_param_data_ratio"]),
                             int(weights.replace(",", "")), run.train_tokens, run))
     recipes = [point.recipe for point in points]

@@ -208,10 +208,12 @@ def make_folder(
         raise RecordError(f"{packed[0].parent} is an archive: unpack it, and name its logs")
     if folder.exists():
         raise RecordError(f"{folder} exists already; choose another --name")
-    if not report.is_sound:
-        raise RecordError("check.py does not pass the logs:\n    " + "\n    ".join(
+    wants_record = report.track.target is not None and not negative
+    if not (report.is_record if wants_record else report.is_sound):
+        advice = "; as an idea that failed it goes on with --negative" if report.is_sound else ""
+        raise RecordError(f"check.py does not pass the logs{advice}:\n    " + "\n    ".join(
             f"{rule}: {finding.reason}" for rule, finding in report.findings.items()
-            if finding.status != PASS and rule not in CLAIM))
+            if finding.status != PASS and (wants_record or rule not in CLAIM)))
     folder.mkdir(parents=True)
     for log in paths.values():
         shutil.copy(log, folder)

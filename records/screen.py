@@ -90,14 +90,15 @@ def plan_jobs(
 
     LogError names a line whose options train_gpt.py refuses.
     """
+    lines = {f"the line {name!r} of the plan": changes for name, changes in plan.items()}
+    for place, some in ({"the options": options} | lines).items():
+        given = {option.split("=")[0].lstrip("-").replace("-", "_")
+                 for option in some if option.startswith("--")}
+        if ours := given & {"seed", "run_id", "log_dir"}:
+            raise LogError(f"{place}: leave out --{min(ours)}, which each run has of its own here")
     jobs = []
     for seed in seeds:
         for name, changes in plan.items():
-            given = {option.split("=")[0].lstrip("-").replace("-", "_")
-                     for option in (*options, *changes) if option.startswith("--")}
-            if ours := given & {"seed", "run_id", "log_dir"}:
-                raise LogError(f"the line {name!r} of the plan: --{min(ours)} is given to each run "
-                               f"here; for all of them there are --seed and --log_dir")
             log = log_dir / f"{name}-seed{seed}.txt"
             argv = [*options, *changes, "--seed", str(seed), "--run_id", log.stem,
                     "--log_dir", os.path.relpath(log_dir, ROOT)]  # the log names nobody's home
@@ -275,7 +276,7 @@ def main() -> int:
     parser.add_argument("plan", type=Path, help="file of lines NAME: --option value ...")
     add_run_options(parser, "logs/NAME OF THE PLAN")
     args, options = parse_run_options(parser)
-    if not args.plan.is_file():
+    if not args.plan.exists():
         parser.error(f"there is no plan {args.plan}; it comes first, as in: ./run.sh screen "
                      f"plan.txt --option value")
     log_dir = (args.log_dir or ROOT / "logs" / args.plan.stem).resolve()

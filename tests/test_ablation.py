@@ -120,8 +120,13 @@ def test_a_row_is_compared_with_the_control_of_its_own_seeds_if_there_are_all(tm
         mine = [log(3.4 + step / 10, seed=seed, **LOW_RATE)
                 for seed, step in zip(seeds, (0,) if len(seeds) == 1 else (-1, 1), strict=True)]
         paths = write_logs(tmp_path / gap, *control, *mine)
-        _, other = table_of(render(read_ablation(paths, "log0")))
-        assert other[3] == gap
+        ablation = read_ablation(paths, "log0")
+        assert table_of(render(ablation))[1][3] == gap
+    mine = [log(3.4 + seed / 10, seed=seed, **LOW_RATE) for seed in (1, 2, 3)]
+    paths = write_logs(tmp_path / "more", *control, log(9.0, seed=4), *mine)
+    ablation = read_ablation(paths, "log0")
+    gap, test = ablation.loss_gap(ablation.others[0])
+    assert gap == pytest.approx(0.3) and test.low < gap < test.high
 
 
 def test_seeds_names_folders_and_reports_make_no_row(tmp_path):

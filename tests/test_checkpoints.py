@@ -418,6 +418,7 @@ def test_a_run_that_goes_on_to_more_steps_is_one_run_of_the_tokens_it_saw(tmp_pa
     run = go_on(tmp_path, whole, 9, f"--data_path={data}", "--train_steps=12", "--resume_anyway")
     assert run.status == 0, run.err
     [one] = read_log(run.path)
+    assert one.train_tokens is None  # other stages before
     assert one.train_steps == 12 and list(one.steps[~one.is_val]) == list(range(1, 13))
     state = json.loads((checkpoints(run)[-1] / "state.json").read_text())
     assert state["tokens"] == 3 * (256 + 256 + 512) + 3 * 512
@@ -502,6 +503,15 @@ def test_a_checkpoint_from_when_qk_norm_was_yes_or_no_keeps_its_meaning(
     train_gpt.write_state(folder, state)
     model, _, _ = train_gpt.load_run(str(folder), CPU)
     assert model.args.qk_norm == now
+
+
+def test_a_checkpoint_from_when_tokens_were_not_counted_has_those_of_its_steps(tmp_path, whole):
+    shutil.copytree(whole.path.parent, tmp_path / "logs")
+    folder = tmp_path / "logs" / "run" / "step_000007"
+    state = train_gpt.read_state(folder)
+    tokens = state.pop("tokens")
+    train_gpt.write_state(folder, state)
+    assert train_gpt.read_state(folder)["tokens"] == tokens == 6 * 256 + 512
 
 
 def test_a_checkpoint_of_another_program_is_told_from_ours(tmp_path, whole, data):

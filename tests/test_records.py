@@ -130,6 +130,11 @@ def test_logs_that_prove_no_claim_make_no_folder(checkout, tmp_path):
                   root=checkout)
     assert done.returncode == 1 and "val tokens: val_tokens: 524288 instead of" in done.stderr
     assert not list((checkout / "records").glob("*/*_A"))
+    logs = write_logs(tmp_path / "high", *(
+        our_log(seed, lines=step_lines(steps=40, final=4 + seed / 10)) for seed in (1, 2)))
+    done = script("record.py", *logs, "--name=A", "--description=An idea", "--by=Ada",
+                  root=checkout)
+    assert done.returncode == 1 and "failed it goes on with --negative:\n    target:" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["two words", "a/b", "../up", ""])

@@ -109,7 +109,7 @@ def test_what_each_run_is_given_here_is_not_for_the_plan(plan, line, option):
     plan.write_text(line)
     done = screen(plan, *option)
     assert done.returncode == 1 and not (plan.parent / "logs").exists()
-    assert "is given to each run here" in done.stderr
+    assert "which each run has of its own here" in done.stderr
 
 
 def test_a_plan_that_is_not_there_is_missed(tmp_path):
