@@ -670,6 +670,18 @@ def test_the_advice_fits_the_memory_and_the_ranks(
     train_gpt.check_accumulation(args, world_size)
 
 
+@pytest.mark.parametrize("world_size, is_ready", [(2, True), (3, False)])
+def test_a_batch_that_ranks_cannot_share_is_told_with_gpus_too(
+        data_check, monkeypatch, capsys, world_size, is_ready):
+    args = parse_hyperparameters(["--track", "gpt2-small", "--recipe", "small"])
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    monkeypatch.setattr(data_check.torch.cuda, "is_available", lambda: True)
+    report = data_check.Report()
+    data_check.check_batch(report, args)
+    assert report.ready == is_ready
+    assert ("which 3 ranks cannot share" in capsys.readouterr().out) != is_ready
+
+
 def test_the_last_thing_to_save_memory_on_is_logits(data_check, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     small = "--device_batch_size 16384 --val_batch_size 16384"
