@@ -129,11 +129,8 @@ def load(folder: Path) -> tuple[dict, Report]:
         problems += [f"{name}, as it ran, is missing" for name in source_files(runs[0].source or "")
                      if not (folder / name).is_file()]
         report = check(runs, record["track"])
-        wants_record = report.track.target is not None and not negative
-        if wants_record and not report.is_record or not report.is_sound:
-            problems.append(f"check.py does not pass it: {report.verdict}")
-            problems += [f"{rule}: {finding.reason}" for rule, finding in report.findings.items()
-                         if finding.status != PASS and (wants_record or rule not in CLAIM)]
+        if failed := failures(report, negative):
+            problems += [f"check.py does not pass it: {report.verdict}", *failed]
         else:
             problems += [f"record.json says {name} is {record[name]}, but the logs say {value}"
                          for name, value in from_logs(report).items()
@@ -144,6 +141,14 @@ def load(folder: Path) -> tuple[dict, Report]:
     if problems:
         raise RecordError(f"{place}: " + "\n    ".join(problems))
     return record, report
+
+
+def failures(report: Report, negative: bool) -> list[str]:
+    """The rules that keep the runs from a folder; an idea that failed may fail those of the claim.
+    """
+    wants_record = report.track.target is not None and not negative
+    return [f"{rule}: {finding.reason}" for rule, finding in report.findings.items()
+            if finding.status != PASS and (wants_record or rule not in CLAIM)]
 
 
 def find_commit(run: Run) -> str | None:
@@ -208,12 +213,9 @@ def make_folder(
         raise RecordError(f"{packed[0].parent} is an archive: unpack it, and name its logs")
     if folder.exists():
         raise RecordError(f"{folder} exists already; choose another --name")
-    wants_record = report.track.target is not None and not negative
-    if not (report.is_record if wants_record else report.is_sound):
+    if failed := failures(report, negative):
         advice = "; as an idea that failed it goes on with --negative" if report.is_sound else ""
-        raise RecordError(f"check.py does not pass the logs{advice}:\n    " + "\n    ".join(
-            f"{rule}: {finding.reason}" for rule, finding in report.findings.items()
-            if finding.status != PASS and (wants_record or rule not in CLAIM)))
+        raise RecordError("\n    ".join([f"check.py does not pass the logs{advice}:", *failed]))
     folder.mkdir(parents=True)
     for log in paths.values():
         shutil.copy(log, folder)
