@@ -805,20 +805,20 @@ class TokenRows:
         self.args = args
         self.row_length, self.max_length = args.row_lengths(training)
         row_starts = np.arange(0, len(self.tokens) - self.row_length, self.row_length)
-        documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
-        if not args.document_masking:
-            documents = row_starts
-        elif not len(documents):
-            raise RunError(f"{path} holds no document start (token {DOCUMENT_START}); with such "
-                           f"data use --document_masking false")
-        elif training and not args.document_rests:
-            self._pack(documents)
-            return
-        elif training:
-            documents = np.union1d(0, documents)  # a shard may begin within one
-            counts = -(-np.diff(documents, append=len(self.tokens)) // self.max_length)
-            pieces = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            documents = np.repeat(documents, counts) + pieces * self.max_length
+        documents = row_starts
+        if args.document_masking:
+            documents = np.flatnonzero(self.tokens[:-1] == DOCUMENT_START)
+            if not len(documents):
+                raise RunError(f"{path} holds no document start (token {DOCUMENT_START}); with "
+                               f"such data use --document_masking false")
+            if training and not args.document_rests:
+                self._pack(documents)
+                return
+            if training:
+                documents = np.union1d(0, documents)  # a shard may begin within one
+                counts = -(-np.diff(documents, append=len(self.tokens)) // self.max_length)
+                pieces = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+                documents = np.repeat(documents, counts) + pieces * self.max_length
         end = len(row_starts) * self.row_length
         self.starts = np.union1d(row_starts, documents[documents < end])
         self.lengths = np.diff(self.starts, append=end)
@@ -873,9 +873,12 @@ class ShardInfo(NamedTuple):
 def inspect_shard(path: Path, args: Hyperparameters, training: bool) -> ShardInfo:
     """Read a shard through: its rows, and its size and hash for the log. RunError if bad."""
     rows = TokenRows(path, args, training)
+    with open(path, "rb") as file:  # the tokens have been read
+        sha256 = hashlib.sha256(file.read(4 * SHARD_HEADER_INTS))
+    sha256.update(rows.tokens)
     starts = np.append(rows.first_sequence[:: args.device_batch_size // args.row_length],
                        rows.first_sequence[-1])
-    return ShardInfo(path, path.stat().st_size, hash_file(path), rows.num_rows,
+    return ShardInfo(path, path.stat().st_size, sha256.hexdigest(), rows.num_rows,
                      int(np.diff(starts).max()))
 
 
