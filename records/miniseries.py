@@ -16,7 +16,6 @@ command goes on where it was stopped. Exit status: 0 if all runs ended well, 1 i
 
 import argparse
 import itertools
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from screen import (
     ROOT,
     add_run_options,
     hyperparameters_of,
+    names_of,
     parse_run_options,
     plan_jobs,
     run_all,
@@ -229,7 +229,7 @@ def series_plan(
 ) -> dict[str, list[str]]:
     """{name: options} of each run, the shortest and smallest first. LogError if all were as long.
     """
-    if any(re.match("--train[-_]steps", option) for option in options):
+    if "train_steps" in names_of(options):
         raise LogError("--train_steps would make all runs as long: leave it out; --ratios are the "
                        "lengths, in tokens per weight")
     models = {f"{recipe}-d{depth}": fit_memory([*options, "--recipe", recipe, "--depth", depth])

@@ -83,6 +83,12 @@ def hyperparameters_of(options: list[str]):
     return train_gpt.switch_off(args, device)[0]
 
 
+def names_of(options: list[str]) -> set[str]:
+    """The hyper-parameters that the options give, however they are spelled."""
+    return {option.split("=")[0].lstrip("-").replace("-", "_")
+            for option in options if option.startswith("--")}
+
+
 def plan_jobs(
     plan: dict[str, list[str]], options: list[str], seeds: range, log_dir: Path
 ) -> list[Job]:
@@ -92,9 +98,7 @@ def plan_jobs(
     """
     lines = {f"the line {name!r} of the plan": changes for name, changes in plan.items()}
     for place, some in ({"the options": options} | lines).items():
-        given = {option.split("=")[0].lstrip("-").replace("-", "_")
-                 for option in some if option.startswith("--")}
-        if ours := given & {"seed", "run_id", "log_dir"}:
+        if ours := names_of(some) & {"seed", "run_id", "log_dir"}:
             raise LogError(f"{place}: leave out --{min(ours)}, which each run has of its own here")
     jobs = []
     for seed in seeds:
