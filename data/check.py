@@ -92,24 +92,18 @@ def advise(args: Hyperparameters, free: float) -> str:
     micro_rows = args.device_batch_size // args.row_length
     if rows % micro_rows == 0 and estimate_memory(args) < 0.95 * free:
         return ""
-    # Graphs take memory of their own, but are worth more than a large micro-batch. Fewer logits at
-    # a time are smaller products; where the vocabulary is sampled, they would be another sample.
-    some_logits = args.loss_chunk_size if args.sampled_vocab else min(args.loss_chunk_size, 2_048)
-    for cuda_graphs, loss_chunk_size in dict.fromkeys([
-            (args.cuda_graphs, args.loss_chunk_size), (False, args.loss_chunk_size),
-            (False, some_logits)]):
+    # Graphs take memory of their own, but are worth more than a large micro-batch.
+    for cuda_graphs in dict.fromkeys([args.cuda_graphs, False]):
         for n in range(micro_rows, 0, -1):
             size = n * args.row_length
             val_rows = max(1, size // args.max_val_length)
             val_size = min(val_rows * args.max_val_length, args.val_batch_size)
             smaller = dataclasses.replace(args, device_batch_size=size, val_batch_size=val_size,
-                                          cuda_graphs=cuda_graphs, loss_chunk_size=loss_chunk_size)
+                                          cuda_graphs=cuda_graphs)
             fits = rows % n == 0 and find_problem(smaller) is None
             if fits and estimate_memory(smaller) < 0.9 * free:
                 return (f"--device_batch_size {size} --val_batch_size {val_size}"
-                        + " --cuda_graphs false" * (args.cuda_graphs and not cuda_graphs)
-                        + f" --loss_chunk_size {loss_chunk_size}"
-                        * (loss_chunk_size < args.loss_chunk_size))
+                        + " --cuda_graphs false" * (args.cuda_graphs and not cuda_graphs))
     raise RunError(f"about {estimate_memory(smaller):.0f} GiB of GPU memory are needed at least, "
                    f"but {free:.0f} GiB are free")
 

@@ -682,16 +682,12 @@ def test_a_batch_that_ranks_cannot_share_is_told_with_gpus_too(
     assert ("which 3 ranks cannot share" in capsys.readouterr().out) != is_ready
 
 
-def test_the_last_thing_to_save_memory_on_is_logits(data_check, monkeypatch):
+def test_the_advice_fits_modern_on_a_card_of_16_gb_and_on_none_of_12(data_check, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    small = "--device_batch_size 16384 --val_batch_size 16384"
     args = parse_hyperparameters(["--track", "single-gpu", "--recipe", "modern"])
-    assert data_check.advise(args, 20) == small
-    assert data_check.advise(args, 15.5) == f"{small} --loss_chunk_size 2048"
-    sampled = parse_hyperparameters(["--track", "single-gpu", "--recipe", "modern",
-                                     "--sampled_vocab", "14336"])
-    with pytest.raises(RunError, match="are needed at least, but 15 GiB are free"):
-        data_check.advise(sampled, 15)
+    assert data_check.advise(args, 15.5) == "--device_batch_size 16384 --val_batch_size 16384"
+    with pytest.raises(RunError, match="about 14 GiB .* are needed at least, but 12 GiB are free"):
+        data_check.advise(args, 11.7)
 
 
 def test_the_estimate_of_memory_agrees_with_what_readme_measured(data_check):
