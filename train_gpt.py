@@ -358,6 +358,7 @@ class Ranks(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0  # among those of this machine
 
 
 class RunError(ValueError):
@@ -2837,6 +2838,7 @@ FREE_TO_DIFFER = {
     "stop_at_target", "val_loss_every", "sample_every", "log_every", "log_dir", "log_wandb",
     "wandb_project", "wandb_name", "kernel_warmup",
 }
+PLACES = {"run_id", "data_path", "log_dir"}  # may differ between the machines of one run
 
 
 def checkpoint_folders(run: str, log_dir: str = "logs") -> list[Path]:
@@ -3016,17 +3018,22 @@ def reopen(args: Hyperparameters, facts: dict, ranks: Ranks) -> tuple[Checkpoint
 
 def check_same_run(state: dict, facts: dict, args: Hyperparameters, world_size: int) -> list[str]:
     """What differs from the run that saved the state. RunError if `resume_anyway` is not set."""
-    then, now = state["hyperparameters"], facts["hyperparameters"]
     # Other GPUs may need other micro-batches to share a step.
     free = FREE_TO_DIFFER | ({"device_batch_size"} if len(state["rng"]) != world_size else set())
-    found = [f"{name} is {now[name]} instead of {then.get(name, 'absent')}" for name in now
-             if name not in free and now[name] != then.get(name)]
-    found += ["the source is another one"] * (state.get("source") != facts["source"])
-    found += ["the data are other shards"] * (state.get("data") != facts["data"])
+    found = differences(state, facts, free)
     if found and not args.resume_anyway:
         raise CollectiveError(f"this would not be the run that was saved: {'; '.join(found)}; go "
                               f"on all the same with --resume_anyway")
     return [f"resumed, although {difference}" for difference in found]
+
+
+def differences(then: dict, now: dict, free: set[str]) -> list[str]:
+    """What is another run in these facts than in those `then`, but for the settings in `free`."""
+    settings, before = now["hyperparameters"], then["hyperparameters"]
+    found = [f"{name} is {settings[name]} instead of {before.get(name, 'absent')}"
+             for name in settings if name not in free and settings[name] != before.get(name)]
+    found += ["the source is another one"] * (then.get("source") != now["source"])
+    return found + ["the data are other shards"] * (then.get("data") != now["data"])
 
 
 def save_checkpoint(
@@ -3223,9 +3230,8 @@ def flush(path: Path) -> None:
 def join_ranks() -> Ranks:
     """Join the process group that torchrun describes in the environment, if it does."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    local_rank, device = int(os.environ.get("LOCAL_RANK", 0)), torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise RunError(f"there is no GPU for local rank {local_rank}: this machine has "
                            f"{torch.cuda.device_count()}; lower --nproc_per_node")
@@ -3234,22 +3240,25 @@ def join_ranks() -> Ranks:
     if world_size > 1:
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    return Ranks(rank, world_size, device)
+    return Ranks(rank, world_size, device, local_rank)
 
 
-def on_first_rank(function: Callable, ranks: Ranks):
-    """What `function()` returns on rank 0, for every rank; a RunError there is raised on all."""
-    outcome = [None]
-    if ranks.rank == 0:
+def on_first_rank(function: Callable, ranks: Ranks, of_machine: bool = False):
+    """What `function()` returns on rank 0, for every rank; a RunError there is raised on all.
+
+    With `of_machine`, each machine has a first rank, whose result is for the ranks there.
+    """
+    result, problem = None, None
+    is_first = ranks.local_rank == 0 if of_machine else ranks.rank == 0
+    if is_first:
         try:
-            outcome = [function()]
+            result = function()
         except RunError as error:
-            outcome = [CollectiveError(str(error))]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], RunError):
-        raise outcome[0]
-    return outcome[0]
+            problem = str(error) if ranks.rank == 0 else f"where rank {ranks.rank} is: {error}"
+    outcomes = of_all_ranks((is_first, result, problem), ranks)
+    if problem := next((problem for *_, problem in outcomes if problem), None):
+        raise CollectiveError(problem)
+    return next(result for is_first, result, _ in outcomes[ranks.rank :: -1] if is_first)
 
 
 def of_all_ranks(value, ranks: Ranks) -> list:
@@ -3258,6 +3267,16 @@ def of_all_ranks(value, ranks: Ranks) -> list:
     if ranks.world_size > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def check_one_run(facts: dict, ranks: Ranks) -> None:
+    """RunError if a rank was started for another run than rank 0: its share would spoil that."""
+    first, *others = of_all_ranks(facts, ranks)
+    for rank, other in enumerate(others, 1):
+        if found := differences(first, other, PLACES):
+            raise CollectiveError(f"rank {rank} was started for another run than rank 0: "
+                                  f"{'; '.join(found)}; start all machines with the same options, "
+                                  f"train_gpt.py and data")
 
 
 def check_accumulation(args: Hyperparameters, world_size: int) -> None:
@@ -3546,12 +3565,13 @@ def memory_advice(args: Hyperparameters, knob: str) -> Iterator[None]:
 def train(args: Hyperparameters, ranks: Ranks, log: Log, stop: "StopSignal") -> None:
     """Train and validate one model, and log it. RunError where a person has to act."""
     args, notes = switch_off(args, ranks.device)
+    train_shards, val_shards = on_first_rank(lambda: plan_data(args), ranks, of_machine=True)
+    facts = run_facts(args, [*train_shards, *val_shards])
+    check_one_run(facts, ranks)
     check_accumulation(args, ranks.world_size)
     attention_name, attention = choose_attention(args, ranks.device)
-    train_shards, val_shards = on_first_rank(lambda: plan_data(args), ranks)
     run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.recipe}-seed{args.seed}"
     log_path, checkpoint = Path(args.log_dir) / f"{run_id}.txt", None
-    facts = run_facts(args, [*train_shards, *val_shards])
     if args.resume:
         checkpoint, log_path = reopen(args, facts, ranks)
         notes += checkpoint.notes

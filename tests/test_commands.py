@@ -39,10 +39,12 @@ def start(*argv, folder: Path = ROOT, cwd: Path = ROOT, **env) -> subprocess.Pop
 
 
 def finish(*processes: subprocess.Popen, timeout=120) -> list[subprocess.CompletedProcess]:
-    """Wait for processes that need each other: where one fails, the others are stopped."""
+    """Wait for processes that need each other: where one fails, the others are stopped soon."""
     deadline = time.monotonic() + timeout
     while None in (states := [process.poll() for process in processes]):
-        if any(states) or time.monotonic() > deadline:
+        if any(states):
+            deadline = min(deadline, time.monotonic() + 10)
+        if time.monotonic() > deadline:
             for process in processes:
                 process.terminate()  # torchrun then ends its own processes
             break
@@ -158,21 +160,46 @@ def test_nproc_is_the_number_of_processes(tmp_path):
     assert done.stdout.count("step:2/2 val_loss") == 1
 
 
-def test_two_machines_train_one_model(tmp_path):
+def run_two_machines(folder: Path, *others_options: str) -> list[subprocess.CompletedProcess]:
+    """run.sh twice, as on two machines; the second with more options."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     where = dict(NNODES="2", NPROC="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    machines = [
-        start(*TINY, f"--log_dir={tmp_path / str(rank)}", NODE_RANK=str(rank), **where)
-        for rank in (0, 1)
-    ]
-    done = finish(*machines)
+    return finish(*(
+        start(*TINY, f"--log_dir={folder / str(rank)}", *more, NODE_RANK=str(rank), **where)
+        for rank, more in enumerate([(), others_options])))
+
+
+def test_two_machines_train_one_model(tmp_path):
+    done = run_two_machines(tmp_path)
     assert [machine.returncode for machine in done] == [0, 0], done[0].stderr + done[1].stderr
     [log] = tmp_path.glob("*/run.txt")  # one of them logs
     assert log.parent.name == "0"
     assert "\ntokens per step: 256 = 2 ranks x 1 " in log.read_text()
     assert "step:2/2 val_loss" in done[0].stdout and "step:2/2" not in done[1].stdout
+
+
+def test_machines_that_were_started_for_different_runs_do_not_train_together(tmp_path):
+    done = run_two_machines(tmp_path, "--seed=7", "--train_steps=3")
+    assert [machine.returncode for machine in done] == [1, 1]
+    assert ("rank 1 was started for another run than rank 0: seed is 7 instead of 1337; train_steps "
+            "is 3 instead of 2; start all machines with the same options") in done[0].stderr
+    assert not list(tmp_path.glob("*/run.txt"))
+
+
+@pytest.mark.parametrize("last_token, expected", [
+    (None, "error: where rank 1 is: no train shards "), (b"\0\0", "the data are other shards")])
+def test_all_machines_have_to_have_the_same_data(last_token, expected, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(ROOT / "data/sample", folder)
+    [shard] = folder.glob("*_train_*.bin")
+    if last_token is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-2] + last_token)
+    done = run_two_machines(tmp_path, f"--data_path={folder}")
+    assert [machine.returncode for machine in done] == [1, 1] and expected in done[0].stderr
 
 
 # -----------------------------------------------------------------------------
