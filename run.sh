@@ -108,17 +108,21 @@ if ! [[ $nproc =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 nodes=${NNODES:-1}
+if ! [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
+    echo "error: NNODES must be a number of machines, or FEWEST:MOST, got '$nodes'" >&2
+    exit 2
+fi
 for_all() { # for_all SCRIPT OPTIONS...: told of how many processes there will be
     WORLD_SIZE=$((nproc * ${nodes%%:*})) "$python" "$@"
 }
 if [ "$command" = check ]; then for_all data/check.py "$@"; exit; fi
-if [ "$track" != sample ] && [ -z "$resume$(value_of data_path "$@")" ]; then
-    for_all data/cached_fineweb10B.py "$@"
-fi
-if [ "$gpus" -gt 0 ] && [ -z "$resume" ]; then
+if [ "$gpus" -gt 0 ] && [ -z "$resume" ]; then # before gigabytes come for what cannot run
     advice=$(for_all data/check.py --advise "$@")
     # shellcheck disable=SC2086
     if [ -n "$advice" ]; then echo "to fit these GPUs: $advice"; set -- $advice "$@"; fi
+fi
+if [ "$track" != sample ] && [ -z "$resume$(value_of data_path "$@")" ]; then
+    for_all data/cached_fineweb10B.py "$@"
 fi
 
 where=--standalone
@@ -130,4 +134,7 @@ if [[ "${*//-/_}" == *save_on_exit* ]]; then # torchrun would kill after 30 s wh
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(("$(getconf _NPROCESSORS_ONLN)" / nproc + 1))}
+if [ -z "$where" ]; then # torchrun says nothing while it waits
+    echo "waiting for all machines (NNODES=$nodes) at ${RDZV_ENDPOINT:-${MASTER_ADDR:-localhost}}" >&2
+fi
 exec "$python" -m torch.distributed.run $where --nproc_per_node="$nproc" train_gpt.py "$@"

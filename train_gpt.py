@@ -6,7 +6,7 @@ data, model, optimizers, schedules, evaluation, logging, main.
 
     ./run.sh                                                    # finds the hardware and the data
     python train_gpt.py                                         # one GPU, or a CPU (track `sample`)
-    torchrun --standalone --nproc_per_node=8 train_gpt.py       # several GPUs, the same training
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       # several GPUs share each step
     python train_gpt.py --recipe baseline --train_steps 400     # any hyper-parameter by its name
 """
 
@@ -164,7 +164,7 @@ class Hyperparameters:
     resume_anyway: bool = False  # even if settings, source or data are others now
     stop_at_target: bool = False  # end at the first validation at or under the target; no record
     # Reports
-    val_loss_every: int = 125  # steps between validations; 0: only at the end
+    val_loss_every: int = 125  # steps between validations; 0, -1: only at the end
     log_every: int = 10  # steps between lines on a console that is no terminal
     log_dir: str = "logs"  # folder of the logs
     sample_every: int = 0  # steps between texts that the model writes; -1: only at the end; 0: none
@@ -400,6 +400,7 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
     parser = argparse.ArgumentParser(
         prog="train_gpt.py", usage="%(prog)s [--option value ...], or -h for the list of options",
         allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__,
+        epilog="Defaults are those of the recipe modern; other recipes, and tracks, set others.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for field in dataclasses.fields(Hyperparameters):
@@ -451,9 +452,18 @@ def new_hyperparameters(overrides: dict) -> Hyperparameters:
     recipe = overrides.get("recipe") or default_recipe(track)
     args = Hyperparameters(**RECIPES[recipe] | TRACKS[track])
     overrides = overrides | dict(track=track, recipe=recipe)
-    if overrides.get("depth", 0) <= 0:
-        return dataclasses.replace(args, **overrides)
-    return dial(args, batch_as_stage(overrides))
+    if overrides.get("depth", 0) > 0:
+        args = dial(args, batch_as_stage(overrides))
+    else:
+        args = dataclasses.replace(args, **overrides)
+    if "device_batch_size" in overrides or find_problem(args):
+        return args
+    # The largest micro-batch, up to the recipe's, in which each rank can take its share of a step.
+    ranks, rows = int(os.environ.get("WORLD_SIZE", 1)), args.common_rows
+    share = rows // ranks if rows % ranks == 0 else rows
+    most = args.device_batch_size // args.row_length
+    micro_rows = max(n for n in range(1, most + 1) if share % n == 0)
+    return dataclasses.replace(args, device_batch_size=micro_rows * args.row_length)
 
 
 def batch_as_stage(overrides: dict) -> dict:
@@ -502,13 +512,8 @@ def dial(recipe: Hyperparameters, overrides: dict) -> Hyperparameters:
     if "batch_stages" not in overrides:
         growth = 2.0 ** round(0.383 * math.log2(tokens / recipe.train_tokens))
         rows = [max(1, round(growth * size / args.row_length)) for size in args.stage_batch_sizes]
-        common, most = math.gcd(*rows), max(1, args.device_batch_size // args.row_length)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
-        common //= ranks if common % ranks == 0 else 1
-        micro_rows = max(n for n in range(1, most + 1) if common % n == 0)
-        args = dataclasses.replace(
-            args, batch_stages=",".join(str(n * args.row_length) for n in rows),
-            device_batch_size=micro_rows * args.row_length)
+        stages = ",".join(str(n * args.row_length) for n in rows)
+        args = dataclasses.replace(args, batch_stages=stages)
     batch, batch_before = (sum(sizes) / len(sizes)
                            for sizes in (args.stage_batch_sizes, recipe.stage_batch_sizes))
     steps = overrides.get("train_steps") or max(1, round(tokens / batch))
@@ -564,7 +569,7 @@ def find_problem(args: Hyperparameters) -> str | None:
             "loss_chunk_size", "log_every", "vocab_size", "mlp_ratio", "tokens_ahead",
             "muon_steps")),
         "not be negative": (lambda value: value >= 0, (
-            "value_embeddings", "val_loss_every", "val_row_length", "window_start", "depth",
+            "value_embeddings", "val_row_length", "window_start", "depth",
             "attention_dim", "logit_softcap", "unigram_power", "sampled_vocab", "num_kv_heads",
             "attention_softcap", "grad_clip", "bigram_rows", "norm_eps", "weight_decay",
             *(f"{kind}_lr" for kind in LEARNING_RATES))),
@@ -575,7 +580,8 @@ def find_problem(args: Hyperparameters) -> str | None:
         "be between 0 and 1": (lambda value: 0 <= value <= 1, (
             "warmup_frac", "cooldown_frac", "final_lr_frac", "rotary_fraction", "untie_frac",
             "masked_share")),
-        "be -1 or more": (lambda value: value >= -1, ("save_every", "sample_every")),
+        "be -1 or more": (lambda value: value >= -1, (
+            "val_loss_every", "save_every", "sample_every")),
         "be between 0 and 2^63 - 1": (lambda value: 0 <= value < 2**63, ("seed",)),
     }
     for limit, (holds, names) in limits.items():
@@ -3288,7 +3294,7 @@ def check_accumulation(args: Hyperparameters, world_size: int) -> None:
         name = "a step of --batch_stages" if args.batch_stages else "--batch_size"
         raise CollectiveError(f"{name} {rows * args.row_length} is {rows} rows of --row_length "
                               f"{args.row_length}, which {world_size} ranks cannot share; numbers "
-                              f"of ranks that can: {counts}")
+                              f"of ranks (NPROC=... ./run.sh) that can: {counts}")
     share = args.common_rows // world_size
     if share % micro_rows:
         sizes = [n * args.row_length for n in range(1, share + 1) if share % n == 0]
@@ -3728,6 +3734,9 @@ def main() -> int:
     except Terminated:
         log("stopped by SIGTERM", console=True)
         return 143
+    except Exception as error:  # as where another rank is gone
+        log(f"error: {type(error).__name__}: {error}")
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

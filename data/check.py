@@ -88,7 +88,9 @@ def advise(args: Hyperparameters, free: float) -> str:
 
     RunError if nothing helps.
     """
-    rows = args.common_rows // int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    check_accumulation(dataclasses.replace(args, device_batch_size=args.row_length), world_size)
+    rows = args.common_rows // world_size
     micro_rows = args.device_batch_size // args.row_length
     if rows % micro_rows == 0 and estimate_memory(args) < 0.95 * free:
         return ""

@@ -28,6 +28,7 @@ from screen import (
     ROOT,
     add_run_options,
     hyperparameters_of,
+    names_of,
     parse_run_options,
     plan_jobs,
     read_plan,
@@ -166,10 +167,10 @@ def main() -> int:
     plan = read_plan(PLAN.read_text(encoding="utf-8"))
     first, names = next(iter(plan)), parse_names(given.only, plan)
     options = ["--val_loss_every", "0", *options]  # the end is what is compared
-    control = hyperparameters_of(options)
-    if control.depth:
+    if "depth" in names_of(options):
         raise LogError("the rules of --depth would change more than a line says; name the "
                        "sizes instead, as --num_layers 8 --model_dim 512 --num_heads 4")
+    control = hyperparameters_of(options)
     steps = min(MAX_STEPS, control.train_steps) if given.steps is None else given.steps
     log_dir = given.log_dir or ROOT / "logs" / f"ablation-{control.recipe}-{steps}"
     log_dir = log_dir.resolve()

@@ -227,11 +227,12 @@ def plot(path: Path, points: list[Point]) -> None:
 def series_plan(
     depths: list[str], ratios: list[str], recipes: list[str], options: list[str]
 ) -> dict[str, list[str]]:
-    """{name: options} of each run, the shortest and smallest first. LogError if all were as long.
-    """
-    if "train_steps" in names_of(options):
-        raise LogError("--train_steps would make all runs as long: leave it out; --ratios are the "
-                       "lengths, in tokens per weight")
+    """{name: options} of each run, the shortest and smallest first. LogError if all were alike."""
+    for name, lists in (("train_steps", "ratios"), ("target_param_data_ratio", "ratios"),
+                        ("depth", "depths"), ("recipe", "recipes")):
+        if name in names_of(options):
+            raise LogError(f"--{name} would be the same for all runs: leave it out, and name them "
+                           f"with --{lists}")
     models = {f"{recipe}-d{depth}": fit_memory([*options, "--recipe", recipe, "--depth", depth])
               for depth in depths for recipe in recipes}
     return {f"{name}-r{ratio}": [*model, "--target_param_data_ratio", ratio]

@@ -155,9 +155,9 @@ def test_unknown_names_are_refused_with_those_there_are_and_nothing_runs():
     assert done.returncode == 1 and not done.stdout and "names no line" in done.stderr
 
 
-def test_the_dial_is_refused_whose_rules_would_change_more_than_a_line_says():
-    done = run("ablate", "--only", "gelu", "--depth", "2", "--target_param_data_ratio", "0.001",
-               *SHORT)
+@pytest.mark.parametrize("ratio", [["--target_param_data_ratio", "0.001"], []])
+def test_the_dial_is_refused_whose_rules_would_change_more_than_a_line_says(ratio):
+    done = run("ablate", "--only", "gelu", "--depth", "2", *ratio, *SHORT)
     assert done.returncode == 1 and "--num_layers" in done.stderr and not done.stdout
 
 

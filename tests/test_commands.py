@@ -143,6 +143,13 @@ def test_a_number_of_processes_that_is_none_is_refused(number):
         done.stderr)
 
 
+@pytest.mark.parametrize("number", ["0", "two", "2:", "1:b"])
+def test_a_number_of_machines_that_is_none_is_refused(number):
+    done = run(*TINY, NNODES=number)
+    assert done.returncode == 2 and f"NNODES must be a number of machines, or FEWEST:MOST, got " \
+        f"'{number}'" in done.stderr
+
+
 def test_a_series_of_sizes_names_one_for_a_cpu_where_there_is_no_gpu():
     done = run("miniseries")
     assert done.returncode == 1 and "--recipes sample-baseline,sample-record" in done.stderr
@@ -150,7 +157,15 @@ def test_a_series_of_sizes_names_one_for_a_cpu_where_there_is_no_gpu():
 
 def test_a_series_of_sizes_has_its_own_lengths():
     done = run("miniseries", "--recipes", "sample-record", "--depths", "1", "--train_steps", "2")
-    assert done.returncode == 1 and "--train_steps would make all runs as long" in done.stderr
+    assert done.returncode == 1 and "--train_steps would be the same for all runs" in done.stderr
+
+
+@pytest.mark.parametrize("option, instead", [
+    ("--depth=4", "--depths"), ("--target-param-data-ratio=2", "--ratios"),
+    ("--recipe=record", "--recipes")])
+def test_a_series_refuses_what_it_sets_itself(option, instead):
+    done = run("miniseries", "--recipes", "sample-record", "--depths", "1", option)
+    assert done.returncode == 1 and f"name them with {instead}\n" in done.stderr
 
 
 def test_nproc_is_the_number_of_processes(tmp_path):
@@ -183,8 +198,9 @@ def test_two_machines_train_one_model(tmp_path):
 def test_machines_that_were_started_for_different_runs_do_not_train_together(tmp_path):
     done = run_two_machines(tmp_path, "--seed=7", "--train_steps=3")
     assert [machine.returncode for machine in done] == [1, 1]
-    assert ("rank 1 was started for another run than rank 0: seed is 7 instead of 1337; train_steps "
-            "is 3 instead of 2; start all machines with the same options") in done[0].stderr
+    assert ("rank 1 was started for another run than rank 0: seed is 7 instead of 1337; "
+            "train_steps is 3 instead of 2; start all machines with the same options"
+            ) in done[0].stderr
     assert not list(tmp_path.glob("*/run.txt"))
 
 
@@ -222,7 +238,7 @@ case "$1 ${2:-}" in
         exit ;;
 esac
 case "$1" in data/*) echo "WORLD_SIZE=$WORLD_SIZE" >> "$CALLS" ;; esac
-if [ "$1 $2" = "data/check.py --advise" ]; then echo "$ADVICE"; exit; fi
+if [ "$1 $2" = "data/check.py --advise" ]; then echo "$ADVICE"; [ ! -e "$here/is_unfit" ]; exit; fi
 [ ! -e "$here/fails" ] || exit 7
 for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID RDZV_BACKEND MASTER_ADDR MASTER_PORT; do
     variable=PET_$name
@@ -237,8 +253,8 @@ timeout=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-}
 def pretended(tmp_path):
     """Runs a copy of run.sh with a python3 that only notes its calls.
 
-    `facts` are has_packages, is_old, no_venv or fails. The result also has `calls`, the calls that
-    did something: those that only look at the Python or the GPUs are left out.
+    `facts` are has_packages, is_old, no_venv, is_unfit or fails. The result also has `calls`, the
+    calls that did something: those that only look at the Python or the GPUs are left out.
     """
     folder, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
     for made in (folder, bin_folder):
@@ -358,6 +374,11 @@ def test_a_failing_download_stops_before_training(pretended):
     assert [call.split()[1] for call in done.calls] == ["data/cached_fineweb10B.py"]
 
 
+def test_what_these_gpus_cannot_run_is_not_downloaded_for(pretended):
+    done = pretended(gpus=3, facts=("has_packages", "is_unfit"))
+    assert done.returncode == 1 and not done.calls
+
+
 def test_the_variables_of_several_machines_reach_torchrun(pretended):
     variables = dict(NNODES="4", NODE_RANK="3", RDZV_ENDPOINT="host:29400", RDZV_ID="id",
                      RDZV_BACKEND="c10d", MASTER_ADDR="addr", MASTER_PORT="29501")
@@ -366,6 +387,7 @@ def test_the_variables_of_several_machines_reach_torchrun(pretended):
     assert train == ("bin/python3 -m torch.distributed.run --nproc_per_node=8 "
                      "train_gpt.py --track=gpt2-small --data_path=mine")
     assert sorted(seen) == sorted(f"PET_{name}={value}" for name, value in variables.items())
+    assert "waiting for all machines (NNODES=4) at host:29400" in done.stderr
 
 
 @pytest.mark.parametrize("options, seconds", [([], []), (["--save_on_exit"], ["300"])])

@@ -670,6 +670,13 @@ def test_the_advice_fits_the_memory_and_the_ranks(
     train_gpt.check_accumulation(args, world_size)
 
 
+def test_there_is_no_advice_for_ranks_that_cannot_share_the_steps(data_check, monkeypatch):
+    args = parse_hyperparameters(["--track", "gpt2-small", "--recipe", "small"])
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(RunError, match=r"6 ranks cannot share; .* that can: \[1, 2, 4, 8\]"):
+        data_check.advise(args, 78)
+
+
 @pytest.mark.parametrize("world_size, is_ready", [(2, True), (3, False)])
 def test_a_batch_that_ranks_cannot_share_is_told_with_gpus_too(
         data_check, monkeypatch, capsys, world_size, is_ready):

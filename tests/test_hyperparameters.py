@@ -393,7 +393,7 @@ WRONG_SIZES = [
     ("--logit_softcap 71", ["--logit_softcap", "at most 70"]),
     ("--seed -1", ["--seed", "between 0"]),
     ("--target nan", ["--target", "nan"]),
-    ("--val_loss_every -1", ["--val_loss_every", "negative"]),
+    ("--val_loss_every -2", ["--val_loss_every", "-1 or more"]),
     ("--window_start 512 --window_end 256", ["--window_start 512", "--window_end 256"]),
     ("--window_start 0 --window_end 256", ["--window_start 0", "--window_end 256"]),
     ("--window_start 256 --window_end 0", ["--window_start 256", "--window_end 0"]),
@@ -598,10 +598,22 @@ def test_the_length_follows_the_ratio_and_each_rule_gives_way_to_an_option():
 
 
 @pytest.mark.parametrize("world_size", ["2", "4", "8"])
-def test_the_micro_batch_of_the_dial_suits_the_ranks(monkeypatch, world_size):
+def test_a_micro_batch_that_is_not_given_suits_the_ranks(monkeypatch, world_size):
     monkeypatch.setenv("WORLD_SIZE", world_size)
-    for recipe, depth in (("baseline", 6), ("modern", 8), ("modern", 16)):
-        train_gpt.check_accumulation(dialled(recipe, depth), int(world_size))
+    small = ["--track", "gpt2-small", "--recipe", "small"]
+    large = ["--track", "single-gpu", "--recipe", "record", "--batch_size", "393216"]
+    for args in (dialled("baseline", 6), dialled("modern", 8), dialled("modern", 16),
+                 parse_hyperparameters(small), parse_hyperparameters(large)):
+        train_gpt.check_accumulation(args, int(world_size))
+    given = parse_hyperparameters([*small, "--device_batch_size", "65536"])
+    assert given.device_batch_size == 65_536
+
+
+def test_a_micro_batch_is_as_large_as_the_recipes_where_ranks_can_share_it(monkeypatch):
+    for world_size, tokens in (("1", 65_536), ("2", 65_536), ("4", 32_768), ("3", 65_536)):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        args = parse_hyperparameters(["--track", "gpt2-small", "--recipe", "small"])
+        assert args.device_batch_size == tokens
 
 
 def test_gpt2s_scale_of_outputs_goes_with_the_blocks():

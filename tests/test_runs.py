@@ -336,8 +336,9 @@ def test_the_log_has_the_name_that_was_asked_for_and_is_never_overwritten(tiny, 
     assert again.log == before
 
 
-def test_a_run_without_a_name_gets_one_from_recipe_and_seed(tmp_path):
-    run = run_main(tmp_path, "--train_steps=1", "--seed=4321", "--val_loss_every=0")
+@pytest.mark.parametrize("never", ["0", "-1"])
+def test_a_run_without_a_name_gets_one_from_recipe_and_seed(tmp_path, never):
+    run = run_main(tmp_path, "--train_steps=1", "--seed=4321", f"--val_loss_every={never}")
     assert re.fullmatch(r"\d{8}-\d{6}-sample-seed4321", run.path.stem)
     assert [step for step, _ in run.val_losses] == [1]  # validated only at the end
     assert [line.split()[0] for line in run.steps] == ["step:1/1", "step:1/1"]
@@ -794,6 +795,16 @@ def test_a_validation_that_is_no_number_stops_the_run_too(loss, tmp_path):
     run = run_main(tmp_path, evaluate=lambda *args: next(losses))
     check_failed(run, f"val_loss is {loss} at step 2", "last good validation: step 0 val_loss 9.5")
     assert [line.split()[0] for line in run.steps] == ["step:0/4", "step:1/4", "step:2/4"]
+
+
+def test_what_nobody_foresaw_stands_in_the_log_too(tmp_path):
+    def fails(*args):
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        run_main(tmp_path, evaluate=fails)
+    [log] = (tmp_path / "logs").glob("*.txt")
+    assert log.read_text().splitlines()[-1] == "error: RuntimeError: Connection closed by peer"
 
 
 def test_two_ranks_stop_together_at_a_loss_that_is_no_number(tmp_path):
