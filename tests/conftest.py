@@ -119,6 +119,10 @@ def build(args, awake: bool = True, seed: int = 0) -> train_gpt.GPT:
 # Several ranks, and whole runs
 
 
+# Ranks are forked from a process that has what takes seconds to import, and that did nothing else.
+torch.multiprocessing.set_forkserver_preload(["torch._dynamo", "train_gpt"])
+
+
 def _rank_main(rank, world_size, folder, function, arguments):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank,
@@ -137,8 +141,9 @@ def run_ranks(function, world_size: int, folder: Path, *arguments) -> list:
     `function` has to be one of a module's own, and `folder` fresh.
     """
     folder.mkdir(parents=True)
-    torch.multiprocessing.spawn(
-        _rank_main, (world_size, str(folder), function, arguments), nprocs=world_size
+    torch.multiprocessing.start_processes(
+        _rank_main, (world_size, str(folder), function, arguments), nprocs=world_size,
+        start_method="forkserver",
     )
     return [torch.load(folder / f"result{rank}.pt") for rank in range(world_size)]
 
