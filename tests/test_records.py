@@ -33,6 +33,17 @@ def made(folder: Path, seeds=(1, 2, 3, 4), negative=False, **header) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def four_runs(tmp_path_factory) -> Path:
+    return made(tmp_path_factory.mktemp("four_runs"))
+
+
+@pytest.fixture
+def folder(four_runs, tmp_path) -> Path:
+    """A record folder to write to: a copy, since making one looks through all commits."""
+    return Path(shutil.copytree(four_runs, tmp_path / four_runs.parent.name / four_runs.name))
+
+
 def edit(folder: Path, **values) -> None:
     path = folder / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -159,8 +170,7 @@ def test_a_name_that_is_no_folder_name_is_refused(checkout, tmp_path, name):
     (dict(commit="abc"), "commit is 'abc', expected the form"),
     (dict(logs=["../log.txt"]), "logs[0] is '../log.txt', expected the form"),
 ])
-def test_record_json_has_to_follow_the_schema(tmp_path, change, problem):
-    folder = made(tmp_path)
+def test_record_json_has_to_follow_the_schema(folder, change, problem):
     edit(folder, **change)
     with pytest.raises(RecordError) as error:
         load(folder)
@@ -168,8 +178,7 @@ def test_record_json_has_to_follow_the_schema(tmp_path, change, problem):
 
 
 @pytest.mark.parametrize("name", SCHEMA["required"])
-def test_record_json_lacks_nothing(tmp_path, name):
-    folder = made(tmp_path)
+def test_record_json_lacks_nothing(folder, name):
     record = json.loads((folder / "record.json").read_text())
     del record[name]
     (folder / "record.json").write_text(json.dumps(record))
@@ -183,8 +192,7 @@ def test_record_json_lacks_nothing(tmp_path, name):
     dict(hardware={"name": "NVIDIA H200", "count": 8}),
     dict(versions={"python": "3.12.3", "torch": "2.12", "cuda": "13.0"}),
 ])
-def test_record_json_says_what_the_logs_say(tmp_path, change):
-    folder = made(tmp_path)
+def test_record_json_says_what_the_logs_say(folder, change):
     edit(folder, **change)
     [name] = change
     with pytest.raises(RecordError, match=f"record.json says {name} is .*, but the logs say"):
@@ -229,8 +237,7 @@ def without_logs(folder):
     (missed_target, "check.py does not pass it: not a record of single-gpu: "),
     (without_logs, "holds no logs"),
 ])
-def test_a_folder_that_is_not_in_order_is_refused_by_name(tmp_path, spoil, problem):
-    folder = made(tmp_path)
+def test_a_folder_that_is_not_in_order_is_refused_by_name(folder, spoil, problem):
     load(folder)
     spoil(folder)
     with pytest.raises(RecordError) as error:
@@ -238,8 +245,7 @@ def test_a_folder_that_is_not_in_order_is_refused_by_name(tmp_path, spoil, probl
     assert problem in str(error.value) and "2026-11-21_Idea" in str(error.value)
 
 
-def test_a_folder_has_to_be_called_what_it_is_and_stand_under_its_track(tmp_path):
-    folder = made(tmp_path)
+def test_a_folder_has_to_be_called_what_it_is_and_stand_under_its_track(folder, tmp_path):
     moved = folder.rename(folder.with_name("2026-11-22_Idea"))
     with pytest.raises(RecordError, match="should be called 2026-11-21_Idea"):
         load(moved)
