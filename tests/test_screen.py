@@ -46,6 +46,14 @@ def plan(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def screened(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A folder of a plan with the logs of its four runs, and what the command said of them."""
+    folder = tmp_path_factory.mktemp("screened")
+    (folder / "plan.txt").write_text(PLAN)
+    return folder, screen(folder / "plan.txt", "--seeds", 2, "--seed", 5, "--per_gpu", 2)
+
+
 def test_a_plan_is_a_name_and_options_on_each_line():
     assert read_plan(PLAN) == {"control": [], "no-norm": ["--qk_norm", "none"]}
 
@@ -60,10 +68,10 @@ def test_what_is_no_plan_is_refused_with_its_line(text, problem):
         read_plan(text)
 
 
-def test_every_line_runs_with_every_seed_and_the_table_compares_them_with_the_first(plan):
-    done = screen(plan, "--seeds", 2, "--seed", 5, "--per_gpu", 2)
+def test_every_line_runs_with_every_seed_and_the_table_compares_them_with_the_first(screened):
+    folder, done = screened
     assert done.returncode == 0, done.stdout + done.stderr
-    logs = {path.stem: path.read_text() for path in (plan.parent / "logs").glob("*.txt")}
+    logs = {path.stem: path.read_text() for path in (folder / "logs").glob("*.txt")}
     assert set(logs) == {"control-seed5", "control-seed6", "no-norm-seed5", "no-norm-seed6"}
     for name, log in logs.items():
         assert f"\nhyperparameter seed: {name[-1]}\n" in log
@@ -75,18 +83,19 @@ def test_every_line_runs_with_every_seed_and_the_table_compares_them_with_the_fi
     assert len(rows) == 2
 
 
-def test_what_is_done_is_not_done_again_and_what_was_cut_off_is(plan):
-    assert screen(plan, "--per_gpu", 2).returncode == 0
-    whole, cut = (plan.parent / "logs" / f"{name}-seed1337.txt" for name in ("control", "no-norm"))
+def test_what_is_done_is_not_done_again_and_what_was_cut_off_is(screened):
+    plan = screened[0] / "plan.txt"
+    whole, cut = (screened[0] / "logs" / f"{name}-seed5.txt" for name in ("control", "no-norm"))
     before = whole.read_text()
     text = cut.read_text()
     cut.write_text(text[: text.index("step:2/2")])
-    done = screen(plan)
+    done = screen(plan, "--seed", 5)
     assert done.returncode == 0, done.stderr
-    assert "2 runs, 1 of them done" in done.stdout and "control-seed1337: " not in done.stdout
+    assert "2 runs, 1 of them done" in done.stdout and "control-seed5: " not in done.stdout
     assert whole.read_text() == before and "step:2/2 val_loss:" in cut.read_text()
     assert cut.with_suffix(".cut-off").read_text() == text[: text.index("step:2/2")]
-    other = screen(plan, "--embed_lr", 0.01)  # would mix runs that were made differently
+    # It would mix runs that were made differently.
+    other = screen(plan, "--seed", 5, "--embed_lr", 0.01)
     assert other.returncode == 1 and "another embed_lr" in other.stderr
 
 
