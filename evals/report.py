@@ -426,7 +426,13 @@ def describe_samples(subject: Subject, args: argparse.Namespace) -> str:
         return "None: the run has no checkpoint; `--save_every -1` saves the end of a run."
     if subject.settings.get("masked_share"):
         return "None: the model fills in hidden tokens, and does not go on with texts."
-    encoding, device = load_encoding(args.vocab_dir), open_device(args.device)
+    device = open_device(args.device)
+    try:
+        encoding = load_encoding(args.vocab_dir)
+    except ValueError as error:
+        if args.vocab_dir:
+            raise
+        return f"None: {error}."  # the rest of the report does without
     model, windows, _ = train_gpt.load_run(str(subject.checkpoint.folder), device)
     parts = [f"With temperature {TEMPERATURE}, at most {SAMPLE_TOKENS} tokens; each begins with "
              f"its prompt."]
