@@ -366,12 +366,12 @@ class RunError(ValueError):
 
 
 class CollectiveError(RunError):
-    """A RunError that every rank raises, so that one report is enough."""
+    """A RunError that every rank raises, so that one report on each machine is enough."""
 
 
 def print_error(error: Exception, ranks: "Ranks | None") -> None:
-    """Tell a person, on rank 0 alone if every rank raises it; there may be no `ranks` yet."""
-    if ranks is None or ranks.rank == 0 or not isinstance(error, CollectiveError):
+    """Tell a person, once on each machine if every rank raises it; there may be no `ranks` yet."""
+    if ranks is None or ranks.local_rank == 0 or not isinstance(error, CollectiveError):
         print(f"error: {error}", file=sys.stderr)
 
 

@@ -199,8 +199,9 @@ def test_machines_that_were_started_for_different_runs_do_not_train_together(tmp
     done = run_two_machines(tmp_path, "--seed=7", "--train_steps=3")
     assert [machine.returncode for machine in done] == [1, 1]
     assert ("rank 1 was started for another run than rank 0: seed is 7 instead of 1337; "
-            "train_steps is 3 instead of 2; start all machines with the same options"
-            ) in done[0].stderr
+            "train_steps is 3 instead of 2; start all machines with the same options") in (
+        done[0].stderr)
+    assert "rank 1 was started for another run" in done[1].stderr
     assert not list(tmp_path.glob("*/run.txt"))
 
 
