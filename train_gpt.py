@@ -328,7 +328,7 @@ TRACKS: dict[str, dict] = {
                        val_tokens=10_485_760, token_budget=10_000_000_000),
     "gpt2-medium": dict(recipe="modern-medium", data_path="data/fineweb10B", target=2.92,
                         val_tokens=10_485_760, token_budget=10_000_000_000),
-    # Ranked by the CORE score of evals/core.py; made for --depth.
+    # Claimed by the CORE score of evals/core.py; made for --depth.
     "time-to-gpt2": dict(recipe="modern", data_path="data/fineweb10B", target=0.0,
                          val_tokens=10_485_760, token_budget=20_000_000_000),
     "sample": dict(recipe="sample-record", data_path="data/sample", target=7.2,

@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=8 evals/core.py RUN --json core.json
     python evals/core.py RUN --bundle evals/sample/core_bundle             # three made-up tasks
 
-The score by which nanochat's "time to GPT-2" is ranked: with its evaluation, GPT-2 of 1.6B
+The score by which nanochat's "time to GPT-2" is claimed: with its evaluation, GPT-2 of 1.6B
 parameters has 0.256525, and that of 124M about 0.11. The tasks are the bundle's: core.yaml names
 them, eval_meta_data.csv their random baselines, and eval_data/ has their examples; the bundle is
 downloaded, or given with --bundle. Accuracies are centred, (accuracy - baseline) / (1 - baseline),
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from facts import GPT2
 from scoring import (
     DOWNLOADS,
     Sequence,
@@ -43,7 +44,6 @@ from train_gpt import RunError, on_first_rank  # scoring.py has told where it is
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ADVICE = "check the connection, or give the unpacked folder with --bundle FOLDER"
 NUM_TASKS = 22
-GPT2 = 0.256525
 FIELDS = {
     "multiple_choice": ("query", "choices", "gold"),  # one beginning, several ends
     "schema": ("context_options", "continuation", "gold"),  # several beginnings, one end

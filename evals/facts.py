@@ -7,12 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))
-from check import cell, check
+from check import TRACKS, cell, check
 from logs import LogError, Run, read_log
 
 import train_gpt
 from train_gpt import FREE_TO_DIFFER, Hyperparameters
 
+GPT2 = TRACKS["time-to-gpt2"].core  # the CORE score of GPT-2 with 1.6B parameters
 # What may mean something to Markdown or HTML; of underscores those that are not inside of a word.
 MARKUP = re.compile(r"[!\"#$&*<>?@\[\\\]^`{|}~\x00-\x1f\x7f]|(?<![^\W_])_|_(?![^\W_])")
 

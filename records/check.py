@@ -5,8 +5,10 @@
     python records/check.py --json records/single-gpu/2026-11-21_Name
 
 A folder stands for the logs in it. Each rule ends in "pass", "fail" or "cannot tell" with its
-reason; records/RULES.md explains them. Exit status: 0 if the verdict is a record, 1 if it is not,
-2 if there is nothing to check. Needs the standard library and numpy.
+reason; records/RULES.md explains them. The CORE score, by which time-to-gpt2 is claimed, is the one
+that evals/core.py wrote beside the log: for logs/RUN.txt into logs/RUN.core.json. Exit status: 0 if
+the verdict is a record, 1 if it is not, 2 if there is nothing to check. Needs the standard library
+and numpy.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import ast
 import json
 import math
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,14 +57,22 @@ class Track(NamedTuple):
     world_size: int | None  # GPUs
     data: str  # shards are called {data}_train_000001.bin and so on
     sigma: float
+    core: float | None = None  # the CORE score that a record is above
+
+    @property
+    def claim(self) -> str | None:
+        """What its records show; None: the track is for measurements, and has no records."""
+        if self.core is not None:
+            return f"CORE above {self.core}"
+        return None if self.target is None else f"val_loss at most {self.target}"
 
 
 TRACKS = {
     "single-gpu": Track(3.3821, 1_048_576, 5_000_000_000, 1, "fineweb", SIGMA),
     "gpt2-small": Track(3.28, 10_485_760, 10_000_000_000, None, "fineweb", SIGMA),
     "gpt2-medium": Track(2.92, 10_485_760, 10_000_000_000, None, "fineweb", SIGMA),
-    # Ranked by the CORE score, which a log does not hold: see evals/report.py.
-    "time-to-gpt2": Track(None, 10_485_760, 20_000_000_000, None, "fineweb", SIGMA),
+    # The score of GPT-2 with 1.6B parameters, by nanochat's evaluation.
+    "time-to-gpt2": Track(None, 10_485_760, 20_000_000_000, None, "fineweb", SIGMA, core=0.256525),
     "sample": Track(7.2, 16_384, 2_000_000, None, "sample", SAMPLE_SIGMA),
     # Our own measurements on text that is not FineWeb. It has no target, hence no records.
     "webmix": Track(None, None, 5_000_000_000, None, "webmix", SIGMA),
@@ -128,12 +139,53 @@ def is_finite(runs: list[Run], track: Track, script: str | None) -> Finding:
     return worst(problems, Finding(PASS, "all losses are numbers"))
 
 
+def core_file(run: Run) -> Path:
+    """Where evals/report.py too looks for what evals/core.py has written."""
+    return run.path.with_suffix(".core.json")
+
+
+def core_command(run: Run) -> str:
+    """What measures the CORE score of a run that has saved its end."""
+    return shlex.join(["python", "evals/core.py", str(run.path.with_suffix("")), "--json",
+                       str(core_file(run))])
+
+
+def read_core(run: Run) -> tuple[float, Finding]:
+    """The CORE score of the run's end, or NaN and what is wrong."""
+    path, status, problem = core_file(run), FAIL, ""
+    # A log of several runs has one score, which is not that of "log.txt trial 2".
+    wanted = run.name.removesuffix(run.path.suffix), int(run.steps[-1])
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found, is_core, score = (result["run"], result["step"]), result["is_core"], result["mean"]
+        score = float(score)
+        if found != wanted:
+            problem = "{} is of run {}, step {}, not of run {}, step {}".format(
+                path.name, *found, *wanted)
+        elif is_core is not True:
+            problem = f"{path.name} is only a part of CORE"
+    except (FileNotFoundError, NotADirectoryError):
+        status, problem = CANNOT_TELL, f"{run.name} has no CORE score"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = f"{path.name} is not as evals/core.py writes it ({type(error).__name__}: {error})"
+    if problem:
+        return math.nan, Finding(status, f"{problem}: measure it with `{core_command(run)}`")
+    return score, Finding(PASS, "")
+
+
 def reaches_target(runs: list[Run], track: Track, script: str | None) -> Finding:
-    """The mean of the final losses is at or under the target."""
+    """The mean of the final losses is at or under the target, that of CORE scores above it."""
     losses = [run.final_loss for run in runs]
     mean = fmean(losses)
     spread = f", sample standard deviation {sample_std(losses):.5f}" if len(losses) > 1 else ""
     facts = f"n {len(losses)}, mean val_loss {mean:.5f}{spread}"
+    if track.core is not None:
+        scores, findings = zip(*map(read_core, runs), strict=True)
+        for status in (FAIL, CANNOT_TELL):
+            if bad := [finding for finding in findings if finding.status == status]:
+                return bad[0]
+        return Finding(PASS if fmean(scores) > track.core else FAIL,
+                       f"{facts}; mean CORE {fmean(scores):.6f}; needed: above {track.core}")
     if track.target is None:
         return Finding(PASS, f"{facts}; the track has no target")
     return Finding(PASS if mean <= track.target else FAIL, f"{facts}; target {track.target}")
@@ -142,7 +194,7 @@ def reaches_target(runs: list[Run], track: Track, script: str | None) -> Finding
 def is_significant(runs: list[Run], track: Track, script: str | None) -> Finding:
     """It is unlikely (p < 0.01) that the true mean is not below the target."""
     if track.target is None:
-        return Finding(PASS, "the track has no target, there is nothing to test")
+        return Finding(PASS, "the track has no target for val_loss, there is nothing to test")
     losses = [run.final_loss for run in runs]
     p, test = below_target(losses, track.target, track.sigma)
     return Finding(PASS if p < MAX_P else FAIL,
@@ -447,14 +499,14 @@ def has_no_marks(runs: list[Run], track: Track, script: str | None) -> Finding:
     problems = {}
     for run in runs:
         marks = run.lines("resumed")
-        if track.target is not None:
+        if track.claim:
             marks += run.lines("not a record:")
         if marks:
             problems[run.name] = marks[0][:120]
     if not problems and not all(run.hyperparameters for run in runs):
         return Finding(CANNOT_TELL, "the logs do not say whether something was overridden")
     return worst(problems, Finding(PASS, "nothing was resumed, and no claim overridden"
-                                         if track.target is not None else "nothing was resumed"))
+                                         if track.claim else "nothing was resumed"))
 
 
 Rule = Callable[[list[Run], Track, str | None], Finding]
@@ -504,7 +556,12 @@ class Report(NamedTuple):
 
     @property
     def is_record(self) -> bool:
-        return self.track.target is not None and self.rules_with(PASS) == list(self.findings)
+        return bool(self.track.claim) and self.rules_with(PASS) == list(self.findings)
+
+    @property
+    def lacks_core(self) -> bool:
+        """All that keeps it from being a record is that its CORE has not been measured."""
+        return self.is_sound and self.rules_with(CANNOT_TELL) == ["target"]
 
     @property
     def verdict(self) -> str:
@@ -513,28 +570,29 @@ class Report(NamedTuple):
         if unknown := self.rules_with(CANNOT_TELL):
             return (f"not shown to be a record of {self.track_name}: cannot tell "
                     f"{', '.join(unknown)}")
-        if self.track.target is None:
+        if not self.track.claim:
             return f"a sound measurement; {self.track_name} has no target, hence no records"
         return f"a record of {self.track_name}: {self.findings['time'].reason}"
 
     def as_json(self) -> dict:
         losses = [run.final_loss for run in self.runs]
         times = [run.train_time for run in self.runs]
+        scores = [read_core(run)[0] for run in self.runs]
         p = math.nan
         if self.track.target is not None:
             p = below_target(losses, self.track.target, self.track.sigma)[0]
         summary = {
             "track": self.track_name, "verdict": self.verdict, "is_record": self.is_record,
             "n": len(losses), "mean_val_loss": fmean(losses),
-            "std_val_loss": sample_std(losses), "p": p,
+            "std_val_loss": sample_std(losses), "p": p, "mean_core": fmean(scores),
             "mean_train_time": fmean(times), "fastest_train_time": min(times),
             "rules": {rule: finding._asdict() for rule, finding in self.findings.items()},
             "runs": [
                 {"log": str(run.path), "trial": run.trial, "seed": run.seed,
                  "train_steps": run.train_steps, "train_tokens": run.train_tokens,
-                 "val_loss": run.final_loss, "train_time": run.train_time,
+                 "val_loss": run.final_loss, "core": score, "train_time": run.train_time,
                  "hardware": run.hardware, "world_size": run.world_size, "torch": run.torch}
-                for run in self.runs],
+                for run, score in zip(self.runs, scores, strict=True)],
         }
         return without_nan(summary)
 

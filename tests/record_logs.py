@@ -1,6 +1,7 @@
 """What the tests of records/ share: its modules, and logs made from parameters."""
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -45,6 +46,8 @@ HYPERPARAMETERS = dict(
     target=3.3821, val_tokens=1_048_576, token_budget=5_000_000_000, batch_size=393_216,
     matrix_lr=0.05, train_steps=40, log_dir="logs",
 )
+
+BY_CORE = dict(track="time-to-gpt2", target=0.0, val_tokens=10_485_760, token_budget=20_000_000_000)
 
 
 def step_lines(
@@ -123,3 +126,11 @@ def write_logs(folder: Path, *texts: str, script: str | None = SOURCE) -> list[P
     for path, text in zip(paths, texts, strict=True):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return paths
+
+
+def write_core(log: Path, mean: float = 0.3, **more) -> Path:
+    """What evals/core.py writes of the end of a run of 40 steps, beside its log."""
+    result = dict(task="core", run=log.stem, step=40, is_core=True, mean=mean) | more
+    path = log.with_suffix(".core.json")
+    path.write_text(json.dumps(result))
+    return path

@@ -10,7 +10,16 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from record_logs import SOURCE, our_log, public_log, shard_lines, step_lines, write_logs
+from record_logs import (
+    BY_CORE,
+    SOURCE,
+    our_log,
+    public_log,
+    shard_lines,
+    step_lines,
+    write_core,
+    write_logs,
+)
 
 import train_gpt
 
@@ -525,6 +534,78 @@ def test_a_log_of_no_known_track_needs_one_to_be_named(tmp_path):
                         (our_log(track="moon"), "the unknown track 'moon'")):
         with pytest.raises(LogError, match=f"log0.txt names {found}; .*--track single-gpu or"):
             check_texts(tmp_path, text)
+
+
+# -----------------------------------------------------------------------------
+# A claim by CORE
+
+
+def check_core(folder, *scores, **header):
+    """Logs of runs with these CORE scores; None: it was not measured."""
+    logs = write_logs(folder, *(our_log(seed, **BY_CORE | header) for seed in range(len(scores))))
+    for log, score in zip(logs, scores, strict=True):
+        if score is not None:
+            write_core(log, **score if isinstance(score, dict) else dict(mean=score))
+    return check(read_logs(logs))
+
+
+@pytest.mark.parametrize("scores, mean", [((0.2566,), "0.256600"), ((0.25, 0.27), "0.260000")])
+def test_a_mean_core_score_above_the_tracks_is_a_record(tmp_path, scores, mean):
+    report = check_core(tmp_path, *scores)
+    assert report.is_record and not report.lacks_core, report.findings
+    assert report.verdict.startswith("a record of time-to-gpt2: mean 20.200 s")
+    assert report.findings["target"].reason.endswith(f"mean CORE {mean}; needed: above 0.256525")
+    summary = report.as_json()
+    assert summary["mean_core"] == pytest.approx(float(mean)) and summary["p"] is None
+    assert [run["core"] for run in summary["runs"]] == list(scores)
+
+
+@pytest.mark.parametrize("scores, reason", [
+    ((0.256525,), "mean CORE 0.256525; needed: above 0.256525"),
+    ((0.25, 0.26), "mean CORE 0.255000; needed"),
+    ((0.3, dict(run="log0")), "log1.core.json is of run log0, step 40, not of run log1, step 40: "),
+    ((0.3, dict(step=30)), "is of run log1, step 30, not of run log1, step 40: measure it with `p"),
+    ((0.3, dict(is_core=False)), "log1.core.json is only a part of CORE: measure it with `python"),
+    ((None, dict(is_core=False)), "log1.core.json is only a part of CORE"),
+    ((0.3, dict(mean="high")), "log1.core.json is not as evals/core.py writes it .*'high'"),
+])
+def test_a_core_score_that_is_too_low_or_not_that_of_the_run_fails(tmp_path, scores, reason):
+    report = check_core(tmp_path, *scores)
+    assert_only(report, FAIL, "target", reason)
+    assert report.is_sound and not report.lacks_core
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"run": "log0", "step": 40, "mean": 0.3}'])
+def test_a_file_that_core_has_not_written_fails(tmp_path, text):
+    [log] = write_logs(tmp_path, our_log(**BY_CORE))
+    (tmp_path / "log0.core.json").write_text(text)
+    assert_only(check(read_logs([log])), FAIL, "target", "is not as evals/core.py writes it")
+
+
+def test_without_a_core_score_the_command_that_measures_it_is_told(tmp_path):
+    report = check_core(tmp_path / "a b", 0.3, None)
+    assert_only(report, CANNOT_TELL, "target", "log1.txt has no CORE score: measure it with ")
+    place = tmp_path / "a b" / "log1"
+    assert report.findings["target"].reason.endswith(
+        f"`python evals/core.py '{place}' --json '{place}.core.json'`")
+    assert report.lacks_core and report.as_json()["mean_core"] is None
+
+
+def test_one_core_score_is_not_that_of_all_runs_in_a_log(tmp_path):
+    [log] = write_logs(tmp_path, "".join(our_log(seed, **BY_CORE) for seed in SEEDS))
+    write_core(log)
+    assert_only(check(read_logs([log])), FAIL, "target", "not of run log0.txt trial 2, step 40")
+
+
+def test_what_a_run_says_against_itself_counts_where_core_is_the_claim_too(tmp_path):
+    mark = "not a record: data_path is data/webmix instead of data/fineweb10B"
+    assert_only(check_core(tmp_path, 0.3, marks=mark), FAIL, "marks", mark)
+
+
+def test_a_core_score_does_not_help_on_another_track(tmp_path):
+    [log] = write_logs(tmp_path, our_log(lines=step_lines(final=3.5)))
+    write_core(log)
+    assert check(read_logs([log])).rules_with(FAIL) == ["target", "significance"]
 
 
 # -----------------------------------------------------------------------------

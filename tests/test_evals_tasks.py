@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import sys
 import zipfile
 from functools import partial
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, ONE_RANK, ROOT, START, build, run_ranks, tiny_args
+from record_logs import BY_CORE, our_log
 from test_data_scripts import MERGES, write_vocab
 
 import train_gpt
@@ -22,7 +24,9 @@ sys.path.insert(0, str(ROOT / "evals"))
 import core  # noqa: E402  needs the path above
 import hellaswag  # noqa: E402
 import scoring  # noqa: E402
+from check import FAIL, PASS, check  # noqa: E402
 from fineweb import load_encoding  # noqa: E402
+from logs import read_log  # noqa: E402
 from scoring import Sequence, judge_examples, pack, score  # noqa: E402
 
 SAMPLE = ROOT / "evals" / "sample"
@@ -436,6 +440,8 @@ def test_a_perfect_model_has_a_core_of_one_and_chance_none(place, monkeypatch, t
         rows.append(f"t{i},25")
     (tmp_path / "core.yaml").write_text("\n".join(lines))
     (tmp_path / "eval_meta_data.csv").write_text("\n".join(rows))
+    log = tmp_path / "modern.txt"
+    log.write_text(our_log(train_steps=4, **BY_CORE))
     by_rote = [lambda task, example, scores: True,
                lambda task, example, scores: example["gold"] == 0]
     for is_right, mean, shown in zip(by_rote, (1.0, 0.0), ("1.0000", "0.0000"), strict=True):
@@ -443,6 +449,9 @@ def test_a_perfect_model_has_a_core_of_one_and_chance_none(place, monkeypatch, t
         found = run(core.command_line, place, "--bundle", tmp_path)
         assert found["is_core"] and found["mean"] == pytest.approx(mean)
         assert f"CORE {shown} ± " in capsys.readouterr().out
+        shutil.copy(place / "numbers.json", tmp_path / "modern.core.json")
+        target = check(read_log(log)).findings["target"]
+        assert target.status == (PASS if mean else FAIL) and f"CORE {mean:.6f};" in target.reason
     some = run(core.command_line, place, "--bundle", tmp_path, "--max_examples", 3)
     assert not some["is_core"] and some["tasks"]["t0"]["examples"] == 3
     one = run(core.command_line, place, "--bundle", tmp_path, "--tasks", "t3,t1")
