@@ -577,7 +577,8 @@ class Report(NamedTuple):
     def as_json(self) -> dict:
         losses = [run.final_loss for run in self.runs]
         times = [run.train_time for run in self.runs]
-        scores = [read_core(run)[0] for run in self.runs]
+        scores = [read_core(run)[0] if self.track.core is not None else math.nan
+                  for run in self.runs]
         p = math.nan
         if self.track.target is not None:
             p = below_target(losses, self.track.target, self.track.sigma)[0]

@@ -3,9 +3,10 @@
     python records/record.py logs/a.txt logs/b.txt logs/c.txt --name NarrowHead \\
         --description "Head of half the width" --by "First Last"
 
-writes records/<track>/<date>_NarrowHead/ with the logs, the train_gpt.py that they start with,
-record.json, and a README.md in which the idea is left for you to tell. `--negative` puts it under
-records/negative/, the home of ideas that did not work.
+writes records/<track>/<date>_NarrowHead/ with the logs, the train_gpt.py that they start with, on
+time-to-gpt2 the CORE scores that lie beside them, record.json, and a README.md in which the idea is
+left for you to tell. `--negative` puts it under records/negative/, the home of ideas that did not
+work.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from check import CLAIM, PASS, TRACKS, Report, check, describe_runs
+from check import CLAIM, PASS, TRACKS, Report, check, core_file, describe_runs
 from logs import LogError, Run, read_logs, source_files
 
 RECORDS = Path(__file__).resolve().parent
@@ -66,7 +67,10 @@ def violations(value, schema: dict, place: str = "record.json") -> list[str]:
 
 
 def from_logs(report: Report) -> dict:
-    """The part of record.json that the logs determine. RecordError if they do not say enough."""
+    """The part of record.json that the logs determine, and the CORE scores beside them.
+
+    RecordError if they do not say enough.
+    """
     run, summary = report.runs[0], report.as_json()
     versions = {"python": run.fact(r"\bPython (\d[\w.+]*)"), "torch": run.torch,
                 "cuda": run.cuda}
@@ -81,6 +85,7 @@ def from_logs(report: Report) -> dict:
         "std_val_loss": summary["std_val_loss"],
         "n": summary["n"],
         "p": summary["p"],
+        "mean_core": summary["mean_core"],
         "train_steps": run.train_steps,
         "train_tokens": run.train_tokens,
         "val_tokens": run.number("val_tokens"),
@@ -107,7 +112,7 @@ def load(folder: Path) -> tuple[dict, Report]:
 
     RecordError, naming the folder, unless the folder is whole, record.json follows the schema and
     says what the logs say, and check.py passes the logs: as a record, or, where the track has no
-    target or the folder is a negative result, as a sound measurement.
+    claim or the folder is a negative result, as a sound measurement.
     """
     place = folder.relative_to(folder.parents[1])
     try:
@@ -132,9 +137,9 @@ def load(folder: Path) -> tuple[dict, Report]:
         if failed := failures(report, negative):
             problems += [f"check.py does not pass it: {report.verdict}", *failed]
         else:
-            problems += [f"record.json says {name} is {record[name]}, but the logs say {value}"
+            problems += [f"record.json says {name} is {record.get(name)}, but the logs say {value}"
                          for name, value in from_logs(report).items()
-                         if differs(record[name], value)]
+                         if differs(record.get(name), value)]
         if record["runs_attempted"] < record["n"]:
             problems.append(f"runs_attempted is {record['runs_attempted']}, fewer than the "
                             f"{record['n']} logs")
@@ -146,7 +151,7 @@ def load(folder: Path) -> tuple[dict, Report]:
 def failures(report: Report, negative: bool) -> list[str]:
     """The rules that keep the runs from a folder; an idea that failed may fail those of the claim.
     """
-    wants_record = report.track.target is not None and not negative
+    wants_record = report.track.claim and not negative
     return [f"{rule}: {finding.reason}" for rule, finding in report.findings.items()
             if finding.status != PASS and (wants_record or rule not in CLAIM)]
 
@@ -214,11 +219,13 @@ def make_folder(
     if folder.exists():
         raise RecordError(f"{folder} exists already; choose another --name")
     if failed := failures(report, negative):
-        advice = "; as an idea that failed it goes on with --negative" if report.is_sound else ""
+        has_failed = report.is_sound and not report.lacks_core
+        advice = "; as an idea that failed it goes on with --negative" if has_failed else ""
         raise RecordError("\n    ".join([f"check.py does not pass the logs{advice}:", *failed]))
     folder.mkdir(parents=True)
-    for log in paths.values():
-        shutil.copy(log, folder)
+    scores = [core_file(run) for run in report.runs if report.track.core is not None]
+    for file in (*paths.values(), *filter(Path.exists, scores)):  # an idea that failed may lack one
+        shutil.copy(file, folder)
     for file, text in source_files(first.source).items():
         (folder / file).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     (folder / "record.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n",

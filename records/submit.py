@@ -220,10 +220,13 @@ def describe_folder(clone: Path, folder: Path, record: dict) -> str:
     verdict = re.findall("^verdict: .*$", done.stdout, re.MULTILINE)
     if not verdict:
         raise SubmitError(f"records/check.py {place} gave no verdict:\n{done.stdout.strip()}")
-    p = "none, the track has no target" if record["p"] is None else f"{record['p']:.3g}"
+    score = record.get("mean_core")  # which older folders lack
+    core = "" if score is None else f"mean CORE {score:.6f}, "
+    p = "none, val_loss has no target" if record["p"] is None else f"{record['p']:.3g}"
     return (f"{place}\n    {record['description']}\n"
             f"    track {record['track']}, n {record['n']}, mean val_loss "
-            f"{record['mean_val_loss']:.5f}, mean train_time {record['mean_train_time']:.3f} s\n"
+            f"{record['mean_val_loss']:.5f}, {core}mean train_time "
+            f"{record['mean_train_time']:.3f} s\n"
             f"    p {p}; {record['hardware']['count']} x {record['hardware']['name']}, "
             f"torch {record['versions']['torch']}\n    {verdict[-1]}\n")
 

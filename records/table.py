@@ -74,13 +74,15 @@ def table(rows: list[Row], prefix: str) -> str:
     lines = []
     for number, (folder, record) in enumerate(rows, start=1):
         spread = "" if record["std_val_loss"] is None else f" ± {record['std_val_loss']:.5f}"
+        score = record.get("mean_core")  # which older folders lack
+        core = "" if score is None else f", CORE {score:.6f}"
         place = prefix + folder.as_posix()
         count = record["hardware"]["count"]
         hardware = record["hardware"]["name"] if count == 1 else (
             f"{count} x {record['hardware']['name']}")
         cells = (
             str(number), show_time(record["mean_train_time"]),
-            f"{record['mean_val_loss']:.5f}{spread} (n {record['n']})",
+            f"{record['mean_val_loss']:.5f}{spread} (n {record['n']}){core}",
             f"[{cell(record['description'])}]({place}/README.md)", record["date"],
             f"[log]({place}/{record['logs'][0]})", cell(", ".join(record["contributors"])),
             f"{cell(hardware)}, torch {cell(record['versions']['torch'])}",
@@ -91,9 +93,9 @@ def table(rows: list[Row], prefix: str) -> str:
 
 def render(rows: dict[str, list[Row]]) -> dict[str, str]:
     """{name of a section: its Markdown}."""
-    claims = [name for name, track in TRACKS.items() if track.target is not None]
+    claims = [name for name, track in TRACKS.items() if track.claim]
     records = "".join(
-        f"**`{name}`**: val_loss at most {TRACKS[name].target}.\n\n"
+        f"**`{name}`**: {TRACKS[name].claim}.\n\n"
         f"{table(rows[name], 'records/')}\n"
         for name in claims if name in rows)
     if empty := [f"`{name}`" for name in claims if name not in rows]:

@@ -605,7 +605,9 @@ def test_what_a_run_says_against_itself_counts_where_core_is_the_claim_too(tmp_p
 def test_a_core_score_does_not_help_on_another_track(tmp_path):
     [log] = write_logs(tmp_path, our_log(lines=step_lines(final=3.5)))
     write_core(log)
-    assert check(read_logs([log])).rules_with(FAIL) == ["target", "significance"]
+    report = check(read_logs([log]))
+    assert report.rules_with(FAIL) == ["target", "significance"]
+    assert report.as_json()["mean_core"] is None
 
 
 # -----------------------------------------------------------------------------

@@ -6,11 +6,20 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from record_logs import SOURCE, our_log, public_log, step_lines, write_logs
+from record_logs import (
+    BY_CORE,
+    SOURCE,
+    our_log,
+    public_log,
+    step_lines,
+    write_core,
+    write_logs,
+)
 
 from check import TRACKS, check  # isort: skip  records/ is on the path from here on
 from logs import read_logs  # isort: skip
@@ -268,6 +277,58 @@ def test_a_negative_result_may_miss_the_target_but_not_the_other_rules(tmp_path)
         load(missed)
 
 
+def test_a_record_by_core_keeps_the_scores_and_stands_among_the_records(checkout, tmp_path):
+    for name, step_time, scores in (("Slow", 0.5, (0.28, 0.25)), ("Fast", 0.25, (0.27, 0.26))):
+        lines = [step_lines(step_time=step_time, final=3.1 + score) for score in scores]
+        logs = write_logs(tmp_path / name, *(our_log(seed, some, **BY_CORE)
+                                             for seed, some in enumerate(lines)))
+        files = [write_core(log, mean) for log, mean in zip(logs, scores, strict=True)]
+        done = script("record.py", *logs, f"--name={name}", "--description=An idea", "--by=Ada",
+                      root=checkout)
+        assert done.returncode == 0, done.stderr
+        folder = checkout / "records" / "time-to-gpt2" / f"2026-11-21_{name}"
+        for file in files:
+            assert (folder / file.name).read_bytes() == file.read_bytes()
+        assert json.loads((folder / "record.json").read_text())["mean_core"] == 0.265
+        (folder / "README.md").write_text("# Told\n")
+    done = script("table.py", root=checkout)
+    assert done.returncode == 0, done.stderr
+    text = (checkout / "README.md").read_text()
+    records = text.split("<!-- records -->")[1].split("<!-- end of records -->")[0]
+    section = records.split("**`time-to-gpt2`**: CORE above 0.256525.\n")[1]
+    slow, fast = re.findall(r"^\| \d .*", section, re.MULTILINE)  # ranked by time
+    assert slow.startswith("| 1 | 20.2 s | 3.36500 ± 0.02121 (n 2), CORE 0.265000 | [An idea]")
+    assert fast.startswith("| 2 | 10.1 s | 3.36500 ± 0.00707 (n 2), CORE 0.265000 | [An idea]")
+    assert "No record yet on `single-gpu`, `gpt2-small`, `gpt2-medium`" in records
+    assert "`time-to-gpt2`" not in records.split("No record yet on")[1]
+    assert "CORE" not in text.split("<!-- measurements -->")[1].split("<!-- end of meas")[0]
+    (folder / "log1.core.json").unlink()
+    done = script("table.py", root=checkout)
+    assert done.returncode == 1 and "log1.txt has no CORE score: measure it with" in done.stderr
+
+
+def test_a_score_that_record_json_makes_up_is_refused(tmp_path):
+    folder = made(tmp_path)
+    edit(folder, mean_core=0.3)
+    with pytest.raises(RecordError, match="says mean_core is 0.3, but the logs say None"):
+        load(folder)
+
+
+def test_runs_without_their_core_score_make_no_folder_but_a_low_one_is_a_negative_result(tmp_path):
+    logs = write_logs(tmp_path / "logs", our_log(**BY_CORE))
+    make = partial(make_folder, name="Idea", description="An idea", contributors=["Ada"],
+                   root=tmp_path)
+    with pytest.raises(RecordError, match="pass the logs:\n    target: .* `python evals/core.py "):
+        make(check(read_logs(logs)))
+    write_core(logs[0], 0.2)
+    with pytest.raises(RecordError, match="goes on with --negative:\n    target: .*CORE 0.200"):
+        make(check(read_logs(logs)))
+    folder = make(check(read_logs(logs)), negative=True)
+    (folder / "README.md").write_text("# Told\n")
+    record, report = load(folder)
+    assert record["mean_core"] == 0.2 and not report.is_record
+
+
 def test_the_table_has_a_row_for_each_record_oldest_first(checkout, tmp_path):
     for day, name, step_time in (("21", "Day21", 0.5), ("22", "Day22", 0.25), ("22", "Also", 0.2)):
         logs = write_logs(tmp_path / name, *(
@@ -291,7 +352,7 @@ def test_the_table_has_a_row_for_each_record_oldest_first(checkout, tmp_path):
         "(records/single-gpu/2026-11-22_Day22/README.md) | 2026-11-22 | "
         "[log](records/single-gpu/2026-11-22_Day22/log0.txt) | Ada | NVIDIA H200, torch "
         "2.11.0+cu130 | fineweb, 15.7M tokens |")
-    assert "No record yet on `gpt2-small`, `gpt2-medium`" in records
+    assert "No record yet on `gpt2-small`, `gpt2-medium`, `time-to-gpt2`" in records
     measurements = text.split("<!-- measurements -->")[1].split("<!-- end of measurements -->")[0]
     assert "Day2" not in measurements
 

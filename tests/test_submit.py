@@ -157,12 +157,14 @@ def test_the_checks_run_in_the_clone_with_the_folder_and_its_track(repo):
 def test_folders_that_name_nobody_or_another_are_left_out_of_the_summary(repo):
     other = RECORD | {"name": "Other", "contributors": ["Ada Lovelace Jr"]}
     write(repo / "records" / "sample" / "2026-11-22_Other" / "record.json", json.dumps(other))
-    mine = RECORD | {"track": "sample", "p": 0.00123, "contributors": ["ada  LOVELACE"]}
+    mine = RECORD | {"track": "sample", "p": 0.00123, "contributors": ["ada  LOVELACE"],
+                     "mean_core": 0.26}
     write(repo / "records" / "negative" / "2026-11-22_Mine" / "record.json", json.dumps(mine))
     commit(repo)
     done = submit(repo, "Ada Lovelace")
     assert "2026-11-22_Mine\n" in done.stdout and "2026-11-21_Fast\n" in done.stdout
     assert "p 0.00123" in done.stdout and "Other" not in done.stdout
+    assert done.stdout.count("mean CORE 0.260000") == done.stdout.count("CORE") == 1
 
 
 def test_a_person_whom_no_folder_names_is_warned_and_told_how_to_make_one(repo):
