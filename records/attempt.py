@@ -6,7 +6,12 @@
 The runs are `./run.sh` with the given options and seeds from --seed on (default 1337), one after
 the other, or with --parallel side by side, one on each GPU. Their logs are checked as
 records/check.py does, and compared with the newest baseline log of this machine, if there is one.
-With --name, or where a person answers at a terminal, the record folder is made.
+With --name, or where a person answers at a terminal, the record folder is made. On time-to-gpt2,
+which is claimed by CORE, each run saves its end (--save_every -1, unless you say otherwise), and
+the commands are told that measure the scores; the folder has to wait for them.
+
+Exit status: 0 if all runs ended and are a record, or lack nothing but their CORE scores to be
+checked as one; 1 if not; 130 after Ctrl-C.
 """
 
 import argparse
@@ -18,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
-from check import Report, check, describe_report
+from check import TRACKS, Report, check, core_command, describe_report
 from compare import compare, describe_comparison
 from logs import LogError, Run, find_logs, read_log
 from record import RecordError, make_folder
@@ -115,11 +120,16 @@ def offer_folder(report: Report, args: argparse.Namespace) -> None:
         print("the logs prove nothing on this track, so that they have no record folder: see above "
               "what fails")
         return
-    negative = report.track.target is not None and not report.is_record
-    if negative:
+    negative = bool(report.track.claim) and not (report.is_record or report.lacks_core)
+    if report.lacks_core:
+        args.name = None  # record.py would refuse it
+        commands = "\n".join(core_command(run) for run in report.runs)
+        print(f"CORE decides whether it is a record; measure it before you make a folder:\n"
+              f"{commands}")
+    elif negative:
         print("not a record; if there is something to learn from it, it has a home in "
               "records/negative")
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and not report.lacks_core:
         try:
             if args.name is None:
                 args.name = input("name of the record folder, as in WiderHead (empty: "
@@ -148,6 +158,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=4, metavar="N", help="runs (default: 4)")
     parser.add_argument("--parallel", action="store_true", help="side by side, one on each GPU")
     parser.add_argument("--seed", type=int, default=1337, help="of the first run (default: 1337)")
+    parser.add_argument("--track", help="default: as ./run.sh chooses it")
     parser.add_argument("--log_dir", type=Path, default=ROOT / "logs", help="folder of the logs")
     parser.add_argument("--run_id", default=time.strftime("%Y%m%d-%H%M%S-attempt"),
                         help="what the logs' names begin with")
@@ -161,6 +172,10 @@ def main() -> int:
     if args.parallel and not gpus:
         parser.error("--parallel needs GPUs, one for each run at a time; there is none here")
 
+    if args.track:
+        options += ["--track", args.track]
+    if args.track in TRACKS and TRACKS[args.track].core is not None:
+        options = ["--save_every", "-1", *options]  # of an option given twice the last counts
     args.log_dir = args.log_dir.resolve()
     seeds = list(range(args.seed, args.seed + args.n))
     try:
@@ -183,7 +198,7 @@ def main() -> int:
     except (LogError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0 if report.is_record and len(logs) == args.n else 1
+    return 0 if (report.is_record or report.lacks_core) and len(logs) == args.n else 1
 
 
 if __name__ == "__main__":

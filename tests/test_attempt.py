@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, wait_for
-from record_logs import our_log, step_lines, write_logs
+from record_logs import BY_CORE, SOURCE, our_log, step_lines, write_logs
 from test_commands import TINY, environment
 
 from attempt import offer_folder  # isort: skip  records/ is on the path from here on
@@ -99,7 +99,9 @@ def test_logs_that_prove_nothing_make_no_folder(checkout, two_runs):
     (our_log(), "log0.txt --name NAME --description 'THE IDEA IN A LINE' --by 'YOUR NAME' "
                 "--attempted 1\n"),
     (our_log(lines=step_lines(steps=40, final=4.0)), "--attempted 1 --negative\n"),
-    (our_log(val_tokens=524_288), "so that they have no record folder")])
+    (our_log(val_tokens=524_288), "so that they have no record folder"),
+    (our_log(**BY_CORE), "--attempted 1\n"),
+    (our_log(**BY_CORE, marks="not a record: data_path is x"), "so that they have no record")])
 def test_without_a_name_and_a_terminal_the_command_for_the_folder_is_shown_if_there_can_be_one(
         monkeypatch, capsys, tmp_path, log, words):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
@@ -145,6 +147,71 @@ def test_no_answer_makes_no_folder_and_shows_the_command_for_it(monkeypatch, cap
     runs = read_logs(write_logs(tmp_path, our_log()))
     offer_folder(check(runs), argparse.Namespace(name=None, description=None, by=None, n=1))
     assert f"records/record.py {tmp_path / 'log0.txt'} --name NAME" in capsys.readouterr().out
+
+
+@pytest.fixture
+def pretended(checkout, tmp_path):
+    """An attempt with a stand-in for run.sh: each run notes its options, and its log is `text`."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(checkout / "records", folder / "records")
+    (folder / "run.sh").write_text(
+        '#!/bin/bash\necho "$*" >> options\nmkdir -p logs\n'
+        'while [ "$1" != --run_id ]; do shift; done\ncp log "logs/$2.txt"\n')
+    (folder / "run.sh").chmod(0o755)
+    (folder / "train_gpt.py").write_text(SOURCE)
+
+    def run(text: str, *options) -> tuple[subprocess.CompletedProcess, str]:
+        (folder / "log").write_text(text)
+        done = subprocess.run(
+            [sys.executable, str(folder / "records" / "attempt.py"), "-n", "1", *options],
+            text=True, capture_output=True, timeout=60, cwd=folder, stdin=subprocess.DEVNULL)
+        return done, (folder / "options").read_text()
+
+    run.folder = folder
+    return run
+
+
+def test_sound_runs_on_a_track_of_core_are_no_failure_and_told_how_to_go_on(pretended):
+    done, options = pretended(our_log(**BY_CORE), "--track=time-to-gpt2", "--run_id=a", "--by=Ada",
+                              "--name=Early", "--depth=24")
+    assert done.returncode == 0 and not done.stderr
+    assert options.startswith("train --save_every -1 --depth=24 --track time-to-gpt2 --seed 1337 ")
+    place = pretended.folder / "logs" / "a-seed1337"
+    assert f"\npython evals/core.py {place} --json {place}.core.json\n" in done.stdout
+    assert f"records/record.py {place}.txt --name NAME" in done.stdout
+    assert "negative" not in done.stdout
+    assert not list((pretended.folder / "records").glob("*/*_Early"))
+
+
+def test_nobody_is_asked_for_a_folder_that_has_to_wait_for_core(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    runs = read_logs(write_logs(tmp_path, our_log(1, **BY_CORE), our_log(2, **BY_CORE)))
+    offer_folder(check(runs), argparse.Namespace(name=None, description=None, by=None, n=2))
+    assert len(re.findall("^python evals/core.py ", capsys.readouterr().out, re.MULTILINE)) == 2
+
+
+def test_runs_on_a_track_of_core_that_fail_another_rule_are_a_failure(pretended):
+    mark = "not a record: data_path is data/sample instead of data/fineweb10B"
+    done, _ = pretended(our_log(**BY_CORE, marks=mark), "--track=time-to-gpt2")
+    assert done.returncode == 1 and "evals/core.py" in done.stdout  # as the reason of `target`
+    assert "\npython evals/core.py" not in done.stdout and mark in done.stdout
+
+
+def test_only_where_core_is_the_claim_the_end_is_saved(pretended):
+    done, options = pretended(our_log(), "--track", "single-gpu")
+    assert done.returncode == 0 and "save_every" not in options and "CORE" not in done.stdout
+
+
+def test_an_attempt_by_core_leaves_a_model_to_measure_unless_told_otherwise(checkout):
+    options = [*SHORT, "--track=time-to-gpt2", "--recipe=sample", "--data_path=data/sample"]
+    done = attempt(checkout, "-n", 1, "--run_id=core", *options)
+    assert (checkout / "logs" / "core-seed1337" / "step_000002" / "state.json").exists()
+    assert re.search(r"^marks +fail +core-seed1337.txt: not a record: data_path is data/sample ",
+                     done.stdout, re.MULTILINE) and done.returncode == 1
+    attempt(checkout, "-n", 1, "--run_id=none", *options, "--save-every=0")
+    assert (checkout / "logs" / "none-seed1337.txt").exists()
+    assert not (checkout / "logs" / "none-seed1337").exists()
 
 
 def test_ctrl_c_stops_all_seeds_and_names_the_logs(checkout):
