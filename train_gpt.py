@@ -440,6 +440,8 @@ def parse_hyperparameters(argv: list[str]) -> Hyperparameters:
         if "target_param_data_ratio" in overrides and overrides.get("depth", 0) <= 0:
             parser.error("--target_param_data_ratio is for --depth, which is not given")
         args = new_hyperparameters(overrides)
+    if "device_batch_size" not in overrides:
+        args = fit_micro_batch(args)
     if problem := find_problem(args):
         parser.error(problem)
     return args
@@ -452,13 +454,15 @@ def new_hyperparameters(overrides: dict) -> Hyperparameters:
     recipe = overrides.get("recipe") or default_recipe(track)
     args = Hyperparameters(**RECIPES[recipe] | TRACKS[track])
     overrides = overrides | dict(track=track, recipe=recipe)
-    if overrides.get("depth", 0) > 0:
-        args = dial(args, batch_as_stage(overrides))
-    else:
-        args = dataclasses.replace(args, **overrides)
-    if "device_batch_size" in overrides or find_problem(args):
+    if overrides.get("depth", 0) <= 0:
+        return dataclasses.replace(args, **overrides)
+    return dial(args, batch_as_stage(overrides))
+
+
+def fit_micro_batch(args: Hyperparameters) -> Hyperparameters:
+    """With the largest micro-batch, up to this one, in which each rank's share of a step goes."""
+    if find_problem(args):
         return args
-    # The largest micro-batch, up to the recipe's, in which each rank can take its share of a step.
     ranks, rows = int(os.environ.get("WORLD_SIZE", 1)), args.common_rows
     share = rows // ranks if rows % ranks == 0 else rows
     most = args.device_batch_size // args.row_length
