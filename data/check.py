@@ -88,9 +88,7 @@ def advise(args: Hyperparameters, free: float) -> str:
 
     RunError if nothing helps.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    check_accumulation(dataclasses.replace(args, device_batch_size=args.row_length), world_size)
-    rows = args.common_rows // world_size
+    rows = args.common_rows // int(os.environ.get("WORLD_SIZE", 1))
     micro_rows = args.device_batch_size // args.row_length
     if rows % micro_rows == 0 and estimate_memory(args) < 0.95 * free:
         return ""
@@ -130,12 +128,16 @@ def check_gpus(report: Report, args: Hyperparameters) -> None:
         report.line("memory", finding, str(error))
 
 
+def check_shares(args: Hyperparameters) -> None:
+    """RunError if the ranks cannot share the steps out; on GPUs, run.sh finds a micro-batch."""
+    if torch.cuda.is_available():
+        args = dataclasses.replace(args, device_batch_size=args.row_length)
+    check_accumulation(args, int(os.environ.get("WORLD_SIZE", 1)))
+
+
 def check_batch(report: Report, args: Hyperparameters) -> None:
-    """Whether the ranks can share the steps out; on GPUs, run.sh chooses a micro-batch for them."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        if not torch.cuda.is_available() or args.common_rows % world_size:
-            check_accumulation(args, world_size)
+        check_shares(args)
     except RunError as error:
         report.line("batch", f"steps of {args.describe_batch()} tokens", str(error))
 
@@ -189,8 +191,13 @@ def main() -> int:
         args, _ = switch_off(args, torch.device("cuda", 0))
     if "--advise" in argv:
         try:
-            print(advise(args, free_memory()) if torch.cuda.is_available() else "")
+            check_shares(args)
         except RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        try:
+            print(advise(args, free_memory()) if torch.cuda.is_available() else "")
+        except RunError as error:  # it may fit all the same
             print(f"warning: {error}", file=sys.stderr)
         return 0
     report = Report()

@@ -670,11 +670,14 @@ def test_the_advice_fits_the_memory_and_the_ranks(
     train_gpt.check_accumulation(args, world_size)
 
 
-def test_there_is_no_advice_for_ranks_that_cannot_share_the_steps(data_check, monkeypatch):
-    args = parse_hyperparameters(["--track", "gpt2-small", "--recipe", "small"])
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(RunError, match=r"6 ranks cannot share; .* that can: \[1, 2, 4, 8\]"):
-        data_check.advise(args, 78)
+@pytest.mark.parametrize("world_size, status", [("8", 0), ("6", 1)])
+def test_there_is_no_advice_for_ranks_that_cannot_share_the_steps(
+        data_check, monkeypatch, capsys, world_size, status):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setattr(sys, "argv", "check.py --advise --track gpt2-small --recipe small".split())
+    assert data_check.main() == status
+    told = "error: a step of --batch_stages 131072 is 8 rows of --row_length 16384, which 6 ranks"
+    assert (told in capsys.readouterr().err) == status
 
 
 @pytest.mark.parametrize("world_size, is_ready", [(2, True), (3, False)])
