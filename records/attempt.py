@@ -16,6 +16,7 @@ checked as one; 1 if not; 130 after Ctrl-C.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -114,22 +115,30 @@ def print_comparison(log_dir: Path, mine: list[Run]) -> None:
         print(f"not compared with {baseline.path}: {error}")
 
 
+def folder_command(logs: list[str], args: argparse.Namespace) -> str:
+    by = [word for name in args.by or ["YOUR NAME"] for word in ("--by", name)]
+    return shlex.join(["python", "records/record.py", *logs, "--name", args.name or "NAME",
+                       "--description", args.description or "THE IDEA IN A LINE", *by,
+                       "--attempted", str(args.n)])
+
+
 def offer_folder(report: Report, args: argparse.Namespace) -> None:
     """Make the record folder if it was asked for, or is when asked; else say how."""
     if not report.is_sound and args.name is None:
         print("the logs prove nothing on this track, so that they have no record folder: see above "
               "what fails")
         return
-    negative = bool(report.track.claim) and not (report.is_record or report.lacks_core)
+    logs = [str(run.path) for run in report.runs]
     if report.lacks_core:
-        args.name = None  # record.py would refuse it
         commands = "\n".join(core_command(run) for run in report.runs)
         print(f"CORE decides whether it is a record; measure it before you make a folder:\n"
-              f"{commands}")
-    elif negative:
+              f"{commands}\n{folder_command(logs, args)}")
+        return
+    negative = bool(report.track.claim) and not report.is_record
+    if negative:
         print("not a record; if there is something to learn from it, it has a home in "
               "records/negative")
-    if sys.stdin.isatty() and not report.lacks_core:
+    if sys.stdin.isatty():
         try:
             if args.name is None:
                 args.name = input("name of the record folder, as in WiderHead (empty: "
@@ -141,10 +150,7 @@ def offer_folder(report: Report, args: argparse.Namespace) -> None:
             print()
             args.name = None
     if not args.name:
-        logs = " ".join(str(run.path) for run in report.runs)
-        print(f"to make the folder: python records/record.py {logs} --name NAME --description "
-              f"'THE IDEA IN A LINE' --by 'YOUR NAME' --attempted {args.n}"
-              + (" --negative" if negative else ""))
+        print(f"to make the folder: {folder_command(logs, args)}" + " --negative" * negative)
         return
     folder = make_folder(report, args.name, args.description or args.name, args.by or ["(unnamed)"],
                          runs_attempted=args.n, negative=negative)

@@ -151,25 +151,27 @@ def core_command(run: Run) -> str:
 
 
 def read_core(run: Run) -> tuple[float, Finding]:
-    """The CORE score of the run's end, or NaN and what is wrong."""
-    path, status, problem = core_file(run), FAIL, ""
-    # A log of several runs has one score, which is not that of "log.txt trial 2".
-    wanted = run.name.removesuffix(run.path.suffix), int(run.steps[-1])
+    """The CORE score of the run's end, or NaN and why it is not known."""
+    path, wanted, problem = core_file(run), (run.path.stem, int(run.steps[-1])), ""
+    if run.trial > 1:
+        return math.nan, Finding(CANNOT_TELL, f"{run.path.name} holds several runs, and a CORE "
+                                              f"score is of one: give each a log of its own")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         found, is_core, score = (result["run"], result["step"]), result["is_core"], result["mean"]
-        score = float(score)
         if found != wanted:
             problem = "{} is of run {}, step {}, not of run {}, step {}".format(
                 path.name, *found, *wanted)
         elif is_core is not True:
             problem = f"{path.name} is only a part of CORE"
+        elif isinstance(score, bool) or not score <= 1 or not math.isfinite(score):
+            problem = f"{path.name} has a mean of {score}, which is no score"
     except (FileNotFoundError, NotADirectoryError):
-        status, problem = CANNOT_TELL, f"{run.name} has no CORE score"
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = f"{run.name} has no CORE score"
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         problem = f"{path.name} is not as evals/core.py writes it ({type(error).__name__}: {error})"
     if problem:
-        return math.nan, Finding(status, f"{problem}: measure it with `{core_command(run)}`")
+        return math.nan, Finding(CANNOT_TELL, f"{problem}: measure it with `{core_command(run)}`")
     return score, Finding(PASS, "")
 
 
@@ -181,9 +183,8 @@ def reaches_target(runs: list[Run], track: Track, script: str | None) -> Finding
     facts = f"n {len(losses)}, mean val_loss {mean:.5f}{spread}"
     if track.core is not None:
         scores, findings = zip(*map(read_core, runs), strict=True)
-        for status in (FAIL, CANNOT_TELL):
-            if bad := [finding for finding in findings if finding.status == status]:
-                return bad[0]
+        if unknown := [finding for finding in findings if finding.status != PASS]:
+            return unknown[0]
         return Finding(PASS if fmean(scores) > track.core else FAIL,
                        f"{facts}; mean CORE {fmean(scores):.6f}; needed: above {track.core}")
     if track.target is None:
@@ -560,7 +561,7 @@ class Report(NamedTuple):
 
     @property
     def lacks_core(self) -> bool:
-        """All that keeps it from being a record is that its CORE has not been measured."""
+        """All that keeps it from being a record is that its CORE is not known."""
         return self.is_sound and self.rules_with(CANNOT_TELL) == ["target"]
 
     @property

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from check import CLAIM, PASS, TRACKS, Report, check, core_file, describe_runs
+from check import CLAIM, PASS, TRACKS, Report, check, core_file, describe_runs, read_core
 from logs import LogError, Run, read_logs, source_files
 
 RECORDS = Path(__file__).resolve().parent
@@ -223,8 +223,9 @@ def make_folder(
         advice = "; as an idea that failed it goes on with --negative" if has_failed else ""
         raise RecordError("\n    ".join([f"check.py does not pass the logs{advice}:", *failed]))
     folder.mkdir(parents=True)
-    scores = [core_file(run) for run in report.runs if report.track.core is not None]
-    for file in (*paths.values(), *filter(Path.exists, scores)):  # an idea that failed may lack one
+    scores = [core_file(run) for run in report.runs  # an idea that failed may lack one
+              if report.track.core is not None and read_core(run)[1].status == PASS]
+    for file in (*paths.values(), *scores):
         shutil.copy(file, folder)
     for file, text in source_files(first.source).items():
         (folder / file).write_text(text.rstrip("\n") + "\n", encoding="utf-8")

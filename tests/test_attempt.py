@@ -178,7 +178,8 @@ def test_sound_runs_on_a_track_of_core_are_no_failure_and_told_how_to_go_on(pret
     assert options.startswith("train --save_every -1 --depth=24 --track time-to-gpt2 --seed 1337 ")
     place = pretended.folder / "logs" / "a-seed1337"
     assert f"\npython evals/core.py {place} --json {place}.core.json\n" in done.stdout
-    assert f"records/record.py {place}.txt --name NAME" in done.stdout
+    assert f"records/record.py {place}.txt --name Early --description 'THE IDEA" in done.stdout
+    assert "--by Ada --attempted " in done.stdout
     assert "negative" not in done.stdout
     assert not list((pretended.folder / "records").glob("*/*_Early"))
 
