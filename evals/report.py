@@ -382,7 +382,10 @@ def describe_summary(subject: Subject, scores: dict[str, str], curve: list) -> s
 
 
 def find_changed(settings: dict) -> dict | None:
-    """Hyper-parameters other than the track's and the recipe's here; None if they are not here."""
+    """Hyper-parameters other than the track's and the recipe's here; None if they are not here.
+
+    The micro-batch follows from the GPUs, and changes no training.
+    """
     track, recipe, dialled = settings.get("track"), settings.get("recipe"), {}
     if track not in train_gpt.TRACKS or recipe not in train_gpt.RECIPES:
         return None
@@ -392,7 +395,8 @@ def find_changed(settings: dict) -> dict | None:
     defaults = dataclasses.asdict(
         train_gpt.new_hyperparameters(dict(track=track, recipe=recipe) | dialled))
     return dialled | {name: value for name, value in settings.items()
-            if name != "run_id" and str(value) != str(defaults.get(name))}
+                      if name not in ("run_id", "device_batch_size")
+                      and str(value) != str(defaults.get(name))}
 
 
 def describe_settings(settings: dict) -> str:
