@@ -3258,17 +3258,18 @@ def on_first_rank(function: Callable, ranks: Ranks, of_machine: bool = False):
 
     With `of_machine`, each machine has a first rank, whose result is for the ranks there.
     """
-    result, problem = None, None
-    is_first = ranks.local_rank == 0 if of_machine else ranks.rank == 0
-    if is_first:
+    result = problem = None
+    first = ranks.rank - ranks.local_rank if of_machine else 0
+    if ranks.rank == first:
         try:
             result = function()
         except RunError as error:
             problem = str(error) if ranks.rank == 0 else f"where rank {ranks.rank} is: {error}"
-    outcomes = of_all_ranks((is_first, result, problem), ranks)
-    if problem := next((problem for *_, problem in outcomes if problem), None):
-        raise CollectiveError(problem)
-    return next(result for is_first, result, _ in outcomes[ranks.rank :: -1] if is_first)
+    outcomes = of_all_ranks((result, problem), ranks)
+    for _, problem in outcomes:
+        if problem:
+            raise CollectiveError(problem)
+    return outcomes[first][0]
 
 
 def of_all_ranks(value, ranks: Ranks) -> list:
@@ -3285,8 +3286,9 @@ def check_one_run(facts: dict, ranks: Ranks) -> None:
     for rank, other in enumerate(others, 1):
         if found := differences(first, other, PLACES):
             raise CollectiveError(f"rank {rank} was started for another run than rank 0: "
-                                  f"{'; '.join(found)}; start all machines with the same options, "
-                                  f"train_gpt.py and data")
+                                  f"{'; '.join(found)}; start all machines with the same options "
+                                  f"(also those that run.sh adds to fit the memory), train_gpt.py "
+                                  f"and data")
 
 
 def check_accumulation(args: Hyperparameters, world_size: int) -> None:
