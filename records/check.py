@@ -565,6 +565,12 @@ class Report(NamedTuple):
         return self.is_sound and self.rules_with(CANNOT_TELL) == ["target"]
 
     @property
+    def cores(self) -> list[float]:
+        """The CORE score of each run; NaN where it is not known, or not what the track asks for."""
+        return [read_core(run)[0] if self.track.core is not None else math.nan
+                for run in self.runs]
+
+    @property
     def verdict(self) -> str:
         if failed := self.rules_with(FAIL):
             return f"not a record of {self.track_name}: {', '.join(failed)}"
@@ -578,23 +584,21 @@ class Report(NamedTuple):
     def as_json(self) -> dict:
         losses = [run.final_loss for run in self.runs]
         times = [run.train_time for run in self.runs]
-        scores = [read_core(run)[0] if self.track.core is not None else math.nan
-                  for run in self.runs]
-        p = math.nan
+        cores, p = self.cores, math.nan
         if self.track.target is not None:
             p = below_target(losses, self.track.target, self.track.sigma)[0]
         summary = {
             "track": self.track_name, "verdict": self.verdict, "is_record": self.is_record,
             "n": len(losses), "mean_val_loss": fmean(losses),
-            "std_val_loss": sample_std(losses), "p": p, "mean_core": fmean(scores),
+            "std_val_loss": sample_std(losses), "p": p, "mean_core": fmean(cores),
             "mean_train_time": fmean(times), "fastest_train_time": min(times),
             "rules": {rule: finding._asdict() for rule, finding in self.findings.items()},
             "runs": [
                 {"log": str(run.path), "trial": run.trial, "seed": run.seed,
                  "train_steps": run.train_steps, "train_tokens": run.train_tokens,
-                 "val_loss": run.final_loss, "core": score, "train_time": run.train_time,
+                 "val_loss": run.final_loss, "core": core, "train_time": run.train_time,
                  "hardware": run.hardware, "world_size": run.world_size, "torch": run.torch}
-                for run, score in zip(self.runs, scores, strict=True)],
+                for run, core in zip(self.runs, cores, strict=True)],
         }
         return without_nan(summary)
 

@@ -11,13 +11,14 @@ work.
 
 import argparse
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from check import CLAIM, PASS, TRACKS, Report, check, core_file, describe_runs, read_core
+from check import CLAIM, PASS, TRACKS, Report, check, core_file, describe_runs
 from logs import LogError, Run, read_logs, source_files
 
 RECORDS = Path(__file__).resolve().parent
@@ -223,8 +224,8 @@ def make_folder(
         advice = "; as an idea that failed it goes on with --negative" if has_failed else ""
         raise RecordError("\n    ".join([f"check.py does not pass the logs{advice}:", *failed]))
     folder.mkdir(parents=True)
-    scores = [core_file(run) for run in report.runs  # an idea that failed may lack one
-              if report.track.core is not None and read_core(run)[1].status == PASS]
+    scores = [core_file(run) for run, core in zip(report.runs, report.cores, strict=True)
+              if not math.isnan(core)]  # an idea that failed may lack one
     for file in (*paths.values(), *scores):
         shutil.copy(file, folder)
     for file, text in source_files(first.source).items():
