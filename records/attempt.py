@@ -115,7 +115,9 @@ def print_comparison(log_dir: Path, mine: list[Run]) -> None:
         print(f"not compared with {baseline.path}: {error}")
 
 
-def folder_command(logs: list[str], args: argparse.Namespace) -> str:
+def folder_command(runs: list[Run], args: argparse.Namespace) -> str:
+    """What makes the record folder of the runs, with placeholders for what nobody has named."""
+    logs = [str(run.path) for run in runs]
     by = [word for name in args.by or ["YOUR NAME"] for word in ("--by", name)]
     return shlex.join(["python", "records/record.py", *logs, "--name", args.name or "NAME",
                        "--description", args.description or "THE IDEA IN A LINE", *by,
@@ -128,11 +130,10 @@ def offer_folder(report: Report, args: argparse.Namespace) -> None:
         print("the logs prove nothing on this track, so that they have no record folder: see above "
               "what fails")
         return
-    logs = [str(run.path) for run in report.runs]
     if report.lacks_core:
         commands = "\n".join(core_command(run) for run in report.runs)
         print(f"CORE decides whether it is a record; measure it before you make a folder:\n"
-              f"{commands}\n{folder_command(logs, args)}")
+              f"{commands}\n{folder_command(report.runs, args)}")
         return
     negative = bool(report.track.claim) and not report.is_record
     if negative:
@@ -150,7 +151,8 @@ def offer_folder(report: Report, args: argparse.Namespace) -> None:
             print()
             args.name = None
     if not args.name:
-        print(f"to make the folder: {folder_command(logs, args)}" + " --negative" * negative)
+        print(f"to make the folder: {folder_command(report.runs, args)}"
+              + " --negative" * negative)
         return
     folder = make_folder(report, args.name, args.description or args.name, args.by or ["(unnamed)"],
                          runs_attempted=args.n, negative=negative)
