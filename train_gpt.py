@@ -3038,7 +3038,7 @@ def check_same_run(state: dict, facts: dict, args: Hyperparameters, world_size: 
 
 
 def differences(then: dict, now: dict, free: set[str]) -> list[str]:
-    """What is another run in these facts than in those `then`, but for the settings in `free`."""
+    """How the run of these facts is another than that of `then`, but for the settings in `free`."""
     settings, before = now["hyperparameters"], then["hyperparameters"]
     found = [f"{name} is {settings[name]} instead of {before.get(name, 'absent')}"
              for name in settings if name not in free and settings[name] != before.get(name)]

@@ -21,8 +21,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from core import GPT2, NUM_TASKS
+from core import NUM_TASKS
 from facts import (
+    GPT2,
     escape,
     find_log,
     find_source,
